@@ -1,0 +1,15 @@
+"""vHeat for OpenMMLab: the heat conduction backbone under any MMEngine config.
+
+Importing registers: ``VHeat`` and the release's spellings as models, this package's hooks, and the classes named in
+:mod:`vheat_mm.compat` with PyTorch's safe loader. Nothing else happens, and only torch and mmengine are needed.
+"""
+
+from . import hooks as hooks
+from . import release as release
+from .compat import register_safe_globals
+from .version import __version__
+from .vheat import VHeat
+
+register_safe_globals()
+
+__all__ = ['VHeat', '__version__']

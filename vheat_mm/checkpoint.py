@@ -1,0 +1,252 @@
+"""Weights: reading any checkpoint safely, finding the backbone in it, loading it with a report, writing it whole.
+
+Formats understood, all through PyTorch's safe loader or safetensors:
+
+- the release's classification checkpoints: ``model`` and ``model_ema`` dicts, keys without prefix, ``classifier.*``;
+- MMEngine's: ``state_dict`` with ``backbone.`` before the backbone's keys and heads beside it;
+- a bare state dict, in a torch or a ``.safetensors`` file.
+
+Any other prefix (``module.``, ``module.backbone.``, ``_orig_mod.``) is found by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import barrier, get_dist_info
+from torch import Tensor
+
+from .compat import register_safe_globals
+from .freq_embed import NUM_STAGES
+
+StateDict = dict[str, Tensor]
+
+_ANCHOR = 'patch_embed.conv1.weight'  # present in every vHeat state dict, whatever the task
+# released key -> ours, inside the backbone; and released key -> mmpretrain's, outside of it
+_OUT_NORM_OF_CLASSIFIER = ('classifier.0.', 'outnorm3.')
+_HEAD_OF_CLASSIFIER = ('classifier.3.', 'head.fc.')
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, unreadable, unsafe, or not of this model; nothing was loaded or written."""
+
+
+@dataclass
+class Weights:
+    """Backbone and head weights found in a checkpoint.
+
+    Attributes:
+        path: Where they come from.
+        entry: The checkpoint's entry they were in, ``'file'`` for a bare state dict.
+        prefix: What stood before the backbone's keys.
+        backbone: Backbone weights under :class:`~vheat_mm.VHeat`'s keys.
+        head: All other weights of the entry, under MMEngine's keys (``head.fc.*`` for a classifier's linear layer).
+    """
+
+    path: str
+    entry: str
+    prefix: str
+    backbone: StateDict = field(default_factory=dict)
+    head: StateDict = field(default_factory=dict)
+
+    def to_mmengine(self) -> StateDict:
+        """The weights as an MMEngine model holds them: ``backbone.`` before the backbone's keys."""
+        return {f'backbone.{key}': value for key, value in self.backbone.items()} | self.head
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a checkpoint file onto the CPU without running any code from it.
+
+    Args:
+        path: Local path or http(s) address (downloaded once, into PyTorch's hub cache).
+
+    Raises:
+        CheckpointError: Missing, truncated or damaged file; a class in it that is not on the allow-list.
+    """
+    name = os.fspath(path)
+    file = _download(name) if re.match(r'https?://', name) else Path(name).expanduser()
+    if not file.exists():
+        raise CheckpointError(f'no checkpoint at {name!r} (working directory {Path.cwd()})')
+    if not file.is_file() or file.stat().st_size == 0:
+        raise CheckpointError(f'{name!r} is not a checkpoint: it is {"empty" if file.is_file() else "no file"}')
+    if file.suffix == '.safetensors':
+        return _read_safetensors(file)
+    register_safe_globals()
+    try:
+        checkpoint = torch.load(file, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r'GLOBAL (\S+)|call reduce for unrecognized function (.+)', str(error))
+        if named is None:
+            raise CheckpointError(f'{name!r} is damaged or no PyTorch file: {_first_line(error)}') from error
+        culprit = named.group(1) or named.group(2)
+        hint = '' if torch.__version__ >= '2.6' else " (PyTorch >= 2.6 reads the release's yacs configuration)"
+        raise CheckpointError(
+            f'{name!r} was refused: it holds {culprit!r}, which is neither a tensor nor on the list of harmless '
+            f'classes, and loading it could run code{hint}. Ask its author for a file of tensors only.'
+        ) from error
+    except Exception as error:  # a damaged file can fail anywhere in the zip reader or the unpickler
+        raise CheckpointError(
+            f'{name!r} is truncated, damaged or no PyTorch file ({type(error).__name__}: {_first_line(error)}); '
+            'compare its size with the source and copy it again'
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f'{name!r} holds a {type(checkpoint).__name__}, not a checkpoint dict')
+    return checkpoint
+
+
+def find_weights(
+    checkpoint: dict[str, Any],
+    path: str = 'checkpoint',
+    prefix: str | None = None,
+    ema: bool = False,
+) -> Weights:
+    """Find the vHeat backbone in a checkpoint of any supported format.
+
+    Args:
+        checkpoint: What :func:`read_checkpoint` returns.
+        path: Named in errors.
+        prefix: What stands before the backbone's keys, where a file holds several backbones.
+        ema: Take the exponential moving average. (In MMEngine's files ``state_dict`` holds it already.)
+
+    Raises:
+        CheckpointError: No or several vHeat backbones; ``ema`` asked of a file without one.
+    """
+    entry, state = _select_entry(checkpoint, path, ema)
+    prefixes = sorted(key.removesuffix(_ANCHOR) for key in state if key.endswith(_ANCHOR))
+    if prefix is not None:
+        prefix = prefix if not prefix or prefix.endswith('.') else f'{prefix}.'
+        prefixes = [p for p in prefixes if p == prefix]
+    if len(prefixes) > 1:
+        raise CheckpointError(f'{path!r} holds several vHeat backbones, under {prefixes}: choose one with prefix=...')
+    if not prefixes:
+        wanted = f'{prefix or ""}{_ANCHOR}'
+        raise CheckpointError(
+            f'{path!r} holds no vHeat backbone: none of the {len(state)} keys in its entry {entry!r} '
+            f'{"is" if prefix else "ends in"} {wanted!r}; the first are {list(state)[:3]}'
+        )
+    weights = Weights(path=path, entry=entry, prefix=prefixes[0])
+    for key, value in state.items():
+        inner = key.removeprefix(weights.prefix)
+        if weights.prefix and inner == key:
+            weights.head[key] = value
+        elif inner.startswith(_HEAD_OF_CLASSIFIER[0]):
+            weights.head[inner.replace(*_HEAD_OF_CLASSIFIER, 1)] = value
+        else:
+            weights.backbone[inner.replace(*_OUT_NORM_OF_CLASSIFIER, 1)] = value
+    return weights
+
+
+def to_mmengine(checkpoint: dict[str, Any], path: str = 'checkpoint') -> StateDict:
+    """State dict of any supported checkpoint in MMEngine's spelling; MMEngine's own passes through unchanged."""
+    state = checkpoint.get('state_dict')
+    if isinstance(state, dict) and any(key.endswith(f'backbone.{_ANCHOR}') for key in state):
+        return state
+    return find_weights(checkpoint, path).to_mmengine()
+
+
+def save_atomically(checkpoint: dict[str, Any], path: str | os.PathLike) -> None:
+    """Write a checkpoint so that ``path`` holds either the whole of it or what it held before.
+
+    Args:
+        checkpoint: For a ``.safetensors`` path a flat dict of tensors, otherwise anything ``torch.save`` takes.
+        path: Target; its folder must exist.
+
+    Raises:
+        CheckpointError: No such folder, no permission, disk full. The partial file is removed.
+    """
+    target = Path(path).expanduser()
+    if not target.parent.is_dir():
+        raise CheckpointError(f'cannot write {str(target)!r}: there is no folder {str(target.parent)!r}')
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f'.{target.name}.', delete=False) as file:
+            temporary = Path(file.name)
+            if target.suffix == '.safetensors':
+                from safetensors.torch import save
+
+                file.write(save({key: value.contiguous() for key, value in checkpoint.items()}))
+            else:
+                torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # temporary files are private; the result is an ordinary file
+        temporary.replace(target)
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # PyTorch's zip writer turns a full disk into a RuntimeError
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f'could not write {str(target)!r} ({_first_line(error)}); what was there is untouched. '
+            'Free some space or choose another folder.'
+        ) from error
+    except BaseException:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def freq_embed_grids(backbone: StateDict) -> list[tuple[int, int]]:
+    """Grids (H, W) of the FVEs in a backbone's weights, stage by stage."""
+    return [
+        (value.shape[0], value.shape[1])
+        for i in range(NUM_STAGES)
+        if (value := backbone.get(f'freq_embed.{i}')) is not None
+    ]
+
+
+def _select_entry(checkpoint: dict[str, Any], path: str, ema: bool) -> tuple[str, StateDict]:
+    has = [k for k in ('model_ema', 'state_dict_ema', 'model', 'state_dict') if isinstance(checkpoint.get(k), dict)]
+    if ema and not (has and has[0].endswith('ema')) and 'ema_state_dict' not in checkpoint:
+        raise CheckpointError(
+            f'{path!r} holds no moving average of the weights; its entries are {some_of(list(checkpoint))}. Drop ema.'
+        )
+    names = has if ema else [name for name in has if not name.endswith('ema')]
+    if ema and 'ema_state_dict' in checkpoint and not has[0].endswith('ema'):
+        names = ['state_dict']  # MMEngine's EMAHook saves the average there, and the raw weights as ema_state_dict
+    if has and not names:
+        raise CheckpointError(f'{path!r} holds a moving average only ({has[0]!r}): ask for it with ema=True')
+    entry, state = (names[0], checkpoint[names[0]]) if names else ('file', checkpoint)
+    return entry, {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _read_safetensors(file: Path) -> StateDict:
+    try:
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise CheckpointError(f'reading {str(file)!r} needs safetensors: pip install safetensors') from error
+    try:
+        return load_file(file)
+    except Exception as error:  # safetensors raises its own, untyped errors
+        raise CheckpointError(f'{str(file)!r} is damaged or no safetensors file: {_first_line(error)}') from error
+
+
+def _download(url: str) -> Path:
+    target = Path(torch.hub.get_dir()) / 'checkpoints' / url.split('?')[0].rsplit('/', 1)[-1]
+    if get_dist_info()[0] == 0 and not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(target))
+        except OSError as error:
+            raise CheckpointError(f'could not download {url!r}: {error}') from error
+    barrier()
+    return target
+
+
+def some_of(keys: list[str], limit: int = 8) -> str:
+    shown = ', '.join(keys[:limit]) or 'none'
+    return shown if len(keys) <= limit else f'{shown} and {len(keys) - limit} more'
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,77 @@
+"""Everything that mends the stack around this package, each with its reason and the version that ends it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+
+import numpy as np
+import torch
+
+_torchvision_schemas = None  # keeps the declared schemas alive for the life of the process
+
+
+class CfgNode(dict):
+    """Inert stand-in for ``yacs.config.CfgNode``: holds the items, runs nothing.
+
+    Released vHeat classification checkpoints carry their training configuration as a pickled yacs node. Nobody
+    needs it to use the weights, and yacs need not be installed.
+    """
+
+
+def _numpy_globals() -> list:
+    """What a pickled numeric numpy array or scalar names; object arrays stay refused."""
+    core = getattr(np, '_core', None) or np.core  # numpy 1.x spells it ``core``
+    kinds = '?bBhHiIlLqQefd'
+    dtypes = {type(np.dtype(kind)) for kind in kinds}
+    named: list = [np.ndarray, np.dtype, *dtypes]
+    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
+        # files written under either major version name the same two functions differently
+        named.append((core.multiarray._reconstruct, f'{module}._reconstruct'))
+        named.append((core.multiarray.scalar, f'{module}.scalar'))
+    return named
+
+
+def register_safe_globals() -> None:
+    """Register the classes found in MMEngine's and the released checkpoints with PyTorch's safe loader.
+
+    ``torch.load`` is safe by default since PyTorch 2.6 and then refuses MMEngine's own training checkpoints,
+    whose log history is a pickled ``HistoryBuffer`` of numpy arrays (mmengine <= 0.10.7): ``--resume``,
+    ``init_detector`` and the inferencers all fail. Allowing exactly these classes by name keeps safe loading on.
+    Does nothing on a PyTorch whose safe loader has no allow-list (< 2.5).
+    """
+    if not hasattr(torch.serialization, 'add_safe_globals'):
+        return
+    from mmengine.logging.history_buffer import HistoryBuffer
+
+    torch.serialization.add_safe_globals([HistoryBuffer, (CfgNode, 'yacs.config.CfgNode'), *_numpy_globals()])
+
+
+def ensure_torchvision() -> ModuleType | None:
+    """Import torchvision, also where its compiled operators do not match this PyTorch build.
+
+    mmpretrain imports torchvision for its Python parts only. A torchvision built for CUDA fails to import beside a
+    CPU-only PyTorch with "operator torchvision::nms does not exist"; declaring the two missing schemas is enough
+    for everything mmpretrain uses. A matching torchvision is left untouched.
+
+    Returns:
+        The torchvision module, or ``None`` where it is not installed.
+    """
+    global _torchvision_schemas
+    try:
+        return importlib.import_module('torchvision')
+    except ModuleNotFoundError as error:
+        if error.name == 'torchvision':
+            return None
+        raise
+    except RuntimeError as error:
+        if 'torchvision::nms does not exist' not in str(error) or _torchvision_schemas is not None:
+            raise
+    for name in [name for name in sys.modules if name.split('.')[0] == 'torchvision']:
+        del sys.modules[name]  # half-imported
+    library = torch.library.Library('torchvision', 'DEF')
+    library.define('nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+    library.define('qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+    _torchvision_schemas = library
+    return importlib.import_module('torchvision')

@@ -1,0 +1,151 @@
+"""The Heat Conduction Operator (HCO) of vHeat, arXiv 2405.16555, Section 3.
+
+An image is taken as the initial temperature of a plate with insulated borders. Its heat equation
+``du/dt = k (d2u/dx2 + d2u/dy2)`` is solved in closed form by the cosine transform: mode ``(n, m)`` decays by
+``exp(-w k)`` with ``w = (pi n / H)^2 + (pi m / W)^2``, and the diffusivity ``k`` is predicted per mode and channel
+from learned frequency value embeddings (FVEs).
+
+Differences from the reference release, none of which changes the function: every map is channels-last, the decay is
+``exp(-w k)`` in float32 instead of a power in the autocast type, and the transform's matrices are cached.
+
+Shapes: B batch, H x W map, C channels, N either of H and W. Maps are (B, H, W, C), FVEs and decays (H, W, C).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_BASES: OrderedDict[tuple, Tensor] = OrderedDict()
+_MAX_BASES = 256  # a matrix per side length seen: 800x1333 detection needs about 60
+
+
+class HeatConduction2d(nn.Module):
+    """Depthwise conv, split into signal and gate, heat conduction of the signal, norm, gate, projection.
+
+    Args:
+        dim: Channels C of input and output.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.linear = nn.Linear(dim, 2 * dim)
+        self.to_k = nn.Sequential(nn.Linear(dim, dim), nn.ReLU())
+        self.out_norm = nn.LayerNorm(dim)
+        self.out_linear = nn.Linear(dim, dim)
+
+    def decay(self, freq_embed: Tensor) -> Tensor:
+        """Decay of every mode and channel for FVEs of the map's size, (H, W, C) -> (H, W, C).
+
+        Computed in at least float32: ``w k`` spans several orders of magnitude and its exponential leaves float16.
+        """
+        k = self.to_k[0]
+        return decay_map(freq_embed, k.weight, k.bias)
+
+    def forward(self, x: Tensor, decay: Tensor) -> Tensor:
+        """Apply the operator.
+
+        Args:
+            x: Map (B, H, W, C).
+            decay: What :meth:`decay` returns for this operator and size (H, W, C).
+
+        Returns:
+            Map (B, H, W, C).
+        """
+        x = conv2d_channels_last(self.dwconv, x)
+        x, gate = self.linear(x).chunk(2, dim=-1)  # 2 x (B, H, W, C)
+        x = heat_conduction(x, decay)
+        return self.out_linear(self.out_norm(x) * F.silu(gate))
+
+    def switch_to_deploy(self, freq_embed: Tensor) -> None:
+        """Replace ``to_k`` by the constant decay ``k_exp`` (H, W, C), as the release's re-parameterisation does."""
+        with torch.no_grad():
+            self.k_exp = nn.Parameter(self.decay(freq_embed), requires_grad=False)
+        del self.to_k
+
+
+def heat_conduction(x: Tensor, decay: Tensor) -> Tensor:
+    """Let heat flow for unit time: IDCT2(decay * DCT2(x)), O(N^1.5 C) for N = H W positions.
+
+    Args:
+        x: Initial temperature (B, H, W, C), any floating type.
+        decay: Factor of each mode (H, W, C); cast to the type of ``x``.
+
+    Returns:
+        Temperature (B, H, W, C), contiguous, in the type of ``x``.
+    """
+    b, h, w, c = x.shape
+    to_h, from_h = _transform_pair(h, x)
+    to_w, from_w = _transform_pair(w, x)
+    x = torch.bmm(to_w.expand(b * h, w, w), x.reshape(b * h, w, c))  # modes along W
+    x = torch.bmm(to_h.expand(b, h, h), x.view(b, h, w * c))  # modes along H
+    x = x.view(b, h, w, c) * decay.to(x.dtype)
+    x = torch.bmm(from_h.expand(b, h, h), x.view(b, h, w * c))
+    x = torch.bmm(from_w.expand(b * h, w, w), x.view(b * h, w, c))
+    return x.view(b, h, w, c)
+
+
+def decay_map(freq_embed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``exp(-w ReLU(freq_embed @ weight^T + bias))``, (H, W, C) -> (H, W, C), in float32 or float64."""
+    dtype = torch.promote_types(freq_embed.dtype, torch.float32)
+    with torch.autocast(freq_embed.device.type, enabled=False):
+        k = F.relu(F.linear(freq_embed.to(dtype), weight.to(dtype), bias.to(dtype)))
+        frequencies = squared_frequencies(*freq_embed.shape[:2], dtype, freq_embed.device)
+        return torch.exp(-frequencies.unsqueeze(-1) * k)
+
+
+def squared_frequencies(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``w_nm = (pi n / H)^2 + (pi m / W)^2``, shape (H, W), in (rad / position)^2."""
+    n = torch.arange(height, dtype=dtype, device=device) * (math.pi / height)
+    m = torch.arange(width, dtype=dtype, device=device) * (math.pi / width)
+    return n.square()[:, None] + m.square()
+
+
+def dct_matrix(n: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
+    """Orthonormal DCT-II, shape (N, N): row k is mode k, ``sqrt(2/N) cos(pi k (x + 1/2) / N)``, row 0 over sqrt(2).
+
+    Angles are reduced modulo a full turn in integers, so that high modes of large maps lose no digits.
+    """
+    k = torch.arange(n, device=device)
+    turns = k[:, None] * (2 * k + 1) % (4 * n)  # in units of pi / 2N
+    matrix = torch.cos(turns.to(torch.float64) * (math.pi / (2 * n))) * math.sqrt(2 / n)
+    matrix[0] = 1 / math.sqrt(n)
+    return matrix.to(dtype)
+
+
+def _transform_pair(n: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """DCT of length n and its inverse, in the type and on the device of ``like``."""
+    basis = _basis(n, like)
+    if like.dtype is not torch.float16:
+        return basis, basis.mT
+    # A constant 320 x 320 map has a DC coefficient 320 times its value, which overflows float16. Both matrices are
+    # scaled by a power of two near sqrt(n): exact, and every coefficient stays within twice the map's maximum.
+    scale = 2.0 ** math.ceil(math.log2(n) / 2)
+    return basis / scale, basis.mT * scale
+
+
+def _basis(n: int, like: Tensor) -> Tensor:
+    # Tracers and tensor subclasses (fake tensors) must see the construction, not somebody else's tensor.
+    if torch.compiler.is_compiling() or type(like) not in (Tensor, nn.Parameter):
+        return dct_matrix(n, like.dtype, like.device)
+    key = (n, like.dtype, like.device)
+    if key in _BASES:
+        _BASES.move_to_end(key)
+        return _BASES[key]
+    # A matrix born in inference mode could not be saved for a later backward.
+    with torch.inference_mode(False), torch.no_grad():
+        matrix = dct_matrix(n, like.dtype).to(like.device)
+    _BASES[key] = matrix
+    while len(_BASES) > _MAX_BASES:
+        _BASES.popitem(last=False)
+    return matrix
+
+
+def conv2d_channels_last(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Apply a 2-D convolution to a (B, H, W, C) map; both permutations are views."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
