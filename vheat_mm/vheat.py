@@ -266,7 +266,8 @@ class VHeat(BaseModule):
             nn.Parameter(torch.zeros(*size, dim))
             for size, dim in zip(grid_sizes(self.img_size), self.num_features[:num_stages], strict=False)
         )
-        rates = torch.linspace(0, drop_path_rate, sum(self.depths)).tolist()
+        last = sum(self.depths) - 1
+        rates = [drop_path_rate * i / last for i in range(last + 1)]
         self.layers = nn.ModuleList()
         for i, dim in enumerate(self.num_features[:num_stages]):
             blocks = [
