@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import sys
 from types import ModuleType
 
 import numpy as np
 import torch
+from mmengine.logging import HistoryBuffer
 
 _torchvision_schemas = None  # keeps the declared schemas alive for the life of the process
 
@@ -33,19 +35,31 @@ def _numpy_globals() -> list:
     return named
 
 
+def _history_buffer_method(owner: object, name: str) -> object:
+    """All that a pickled ``HistoryBuffer`` uses ``getattr`` for: naming its own four statistics."""
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
+        raise pickle.UnpicklingError(f'GLOBAL getattr({owner!r}, {name!r}) was refused')
+    return getattr(owner, name)
+
+
 def register_safe_globals() -> None:
     """Register the classes found in MMEngine's and the released checkpoints with PyTorch's safe loader.
 
     ``torch.load`` is safe by default since PyTorch 2.6 and then refuses MMEngine's own training checkpoints,
     whose log history is a pickled ``HistoryBuffer`` of numpy arrays (mmengine <= 0.10.7): ``--resume``,
     ``init_detector`` and the inferencers all fail. Allowing exactly these classes by name keeps safe loading on.
-    Does nothing on a PyTorch whose safe loader has no allow-list (< 2.5).
+    Does nothing on a PyTorch whose safe loader has no allow-list (< 2.6).
     """
-    if not hasattr(torch.serialization, 'add_safe_globals'):
+    if torch.__version__ < '2.6':  # cannot allow a class under a given name
         return
-    from mmengine.logging.history_buffer import HistoryBuffer
-
-    torch.serialization.add_safe_globals([HistoryBuffer, (CfgNode, 'yacs.config.CfgNode'), *_numpy_globals()])
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            (_history_buffer_method, 'builtins.getattr'),
+            (CfgNode, 'yacs.config.CfgNode'),
+            *_numpy_globals(),
+        ]
+    )
 
 
 def ensure_torchvision() -> ModuleType | None:
