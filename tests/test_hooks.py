@@ -1,0 +1,350 @@
+"""Hooks, on models and data made of a few numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, HOOKS, MODELS
+from mmengine.runner import Runner
+from mmengine.structures import BaseDataElement, InstanceData, PixelData
+from torch import nn
+from torch.utils.data import Dataset
+
+from vheat_mm import VHeat
+from vheat_mm.checkpoint import CheckpointError
+from vheat_mm.compat import ensure_torchvision
+from vheat_mm.hooks import AnnotationError
+from vheat_mm.hooks.annotation_check import check_batch, check_classes, check_coco_file, class_heads
+from vheat_mm.hooks.checkpoint_check import check_fit
+from vheat_mm.launch import safe_io
+
+safe_io.install()
+ensure_torchvision()  # MMEngine's runner imports it to report its version
+
+
+@DATASETS.register_module()
+class NoisyNumbers(Dataset):
+    """Items are (index, numpy noise, torch noise), as augmentation would draw them."""
+
+    metainfo: dict = {}  # noqa: RUF012
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return dict(index=torch.tensor(float(index)), a=torch.tensor(np.random.rand()), b=torch.rand(()))  # noqa: NPY002
+
+
+@MODELS.register_module()
+class DropoutLine(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    def forward(self, index, a, b, mode='tensor'):
+        inputs = torch.stack([torch.stack(list(x)) for x in (index, a, b)], dim=1).float()
+        return dict(loss=self.layers(inputs).square().mean())
+
+
+@HOOKS.register_module()
+class RecordBatches(Hook):
+    """Keeps what the model was given."""
+
+    batches: list = []  # noqa: RUF012
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.batches.append(torch.stack([torch.stack(list(data_batch[key])) for key in ('index', 'a', 'b')]))
+
+
+def train(work_dir, by_epoch, workers, length, hook=True, resume=None, sampler='DefaultSampler'):
+    """Train for ``length`` epochs or iterations; returns the weights and the batches."""
+    RecordBatches.batches = []
+    loop = dict(by_epoch=True, max_epochs=length) if by_epoch else dict(by_epoch=False, max_iters=length)
+    runner = Runner(
+        model=dict(type='DropoutLine'),
+        work_dir=str(work_dir),
+        train_dataloader=dict(
+            batch_size=2,
+            num_workers=workers,
+            sampler=dict(type=sampler, shuffle=True),
+            dataset=dict(type='NoisyNumbers'),
+        ),
+        train_cfg=loop,
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.1)),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1 if by_epoch else 3, by_epoch=by_epoch)),
+        custom_hooks=[dict(type='RecordBatches'), *([dict(type='ReproducibleHook')] if hook else [])],
+        randomness=dict(seed=5),
+        resume=resume is not None,
+        load_from=resume,
+        log_level='ERROR',
+        experiment_name=f'{work_dir.name}-{by_epoch}-{workers}-{length}-{hook}-{resume is None}',
+    )
+    runner.train()
+    return torch.cat([p.detach().flatten() for p in runner.model.parameters()]), RecordBatches.batches
+
+
+CASES = [
+    pytest.param(True, 0, 'DefaultSampler', id='epochs, main process'),
+    pytest.param(True, 2, 'DefaultSampler', id='epochs, workers'),
+    pytest.param(False, 0, 'InfiniteSampler', id='iterations, main process'),
+    pytest.param(False, 2, 'InfiniteSampler', id='iterations, workers'),
+    pytest.param(False, 2, 'DefaultSampler', id='iterations over restarted loader'),
+]
+
+
+@pytest.mark.parametrize(('by_epoch', 'workers', 'sampler'), CASES)
+def test_resumed_training_equals_uninterrupted(tmp_path, monkeypatch, by_epoch, workers, sampler):
+    monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda _: None)  # two seconds per restart
+    length, stop = (3, 'epoch_2.pth') if by_epoch else (7, 'iter_6.pth')
+    full, batches = train(tmp_path / 'full', by_epoch, workers, length, sampler=sampler)
+    again, rest = train(
+        tmp_path / 'again', by_epoch, workers, length, resume=str(tmp_path / 'full' / stop), sampler=sampler
+    )
+    assert len(rest) == (4 if by_epoch else 1)
+    for ours, theirs in zip(rest, batches[-len(rest) :], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    torch.testing.assert_close(again, full, rtol=0, atol=1e-7)
+
+
+def test_without_the_hook_resumed_training_differs(tmp_path):
+    """What the hook is for; should MMEngine restore random states one day, this fails and the hook can go."""
+    full, _ = train(tmp_path / 'full', True, 0, 3, hook=False)
+    again, _ = train(tmp_path / 'again', True, 0, 3, hook=False, resume=str(tmp_path / 'full' / 'epoch_2.pth'))
+    assert (full - again).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_epochs_differ(tmp_path, workers):
+    """Each epoch has its own order and its own augmentation, of numpy and of PyTorch."""
+    _, batches = train(tmp_path / 'run', True, workers, 3)
+    epochs = [torch.cat(batches[i : i + 4], dim=1) for i in (0, 4, 8)]
+    assert len({tuple(epoch[0].tolist()) for epoch in epochs}) == 3
+    noise = torch.cat(epochs, dim=1)[1:].flatten().tolist()
+    assert len(set(noise)) == len(noise) == 3 * 8 * 2
+
+
+# --- checkpoints
+
+
+def backbone_state(**kwargs) -> dict[str, torch.Tensor]:
+    arch = dict(embed_dims=8, depths=(1, 1, 1, 1)) | kwargs.pop('arch', {})
+    model = VHeat(arch=arch, **dict(img_size=32) | kwargs)
+    return {f'backbone.{key}': value for key, value in model.state_dict().items()}
+
+
+HEAD = {'head.fc.weight': torch.zeros(2, 64), 'head.fc.bias': torch.zeros(2)}
+
+
+def test_complete_checkpoint_fits():
+    own = backbone_state() | HEAD
+    report = check_fit(dict(own), own, 'x.pth', finetune=False)
+    assert report == f'Weights from x.pth: {len(own)} of {len(own)} tensors'
+    other_grid = backbone_state(img_size=64) | HEAD
+    assert 'resized: backbone.freq_embed.0 16x16x8 instead of 8x8x8' in check_fit(other_grid, own, 'x.pth', False)
+
+
+@pytest.mark.parametrize(
+    ('change', 'word'),
+    [
+        (lambda s: s.pop('head.fc.bias'), 'Missing: head.fc.bias'),
+        (lambda s: s.pop('backbone.outnorm0.bias'), 'Missing: backbone.outnorm0.bias'),
+        (lambda s: s.update(extra=torch.zeros(1)), 'Left over: extra'),
+        (lambda s: s.update({'head.fc.bias': torch.zeros(5)}), 'head.fc.bias 5 instead of 2'),
+        (lambda s: s.update({'backbone.freq_embed.0': torch.zeros(8, 8, 9)}), '8x8x9 instead of 8x8x8'),
+    ],
+)
+def test_testing_takes_complete_checkpoints_only(change, word):
+    own = backbone_state() | HEAD
+    state = dict(own)
+    change(state)
+    with pytest.raises(CheckpointError, match=word):
+        check_fit(state, own, 'x.pth', finetune=False)
+
+
+def test_fine_tuning_takes_other_heads_but_a_complete_backbone():
+    own = backbone_state() | HEAD
+    state = {k: v for k, v in own.items() if 'outnorm' not in k and k != 'head.fc.weight'}
+    state |= {'head.fc.bias': torch.zeros(9), 'decode_head.w': torch.zeros(1)}
+    report = check_fit(state, own, 'x.pth', finetune=True)
+    assert 'not loaded: head.fc.bias 9 instead of 2' in report
+    assert 'left as initialised: ' in report
+    assert 'dropped: decode_head.w' in report
+    for key in ('backbone.freq_embed.0', 'backbone.layers.0.0.mlp.fc1.bias'):
+        with pytest.raises(CheckpointError, match=f'Missing: {key}'):
+            check_fit({k: v for k, v in state.items() if k != key}, own, 'x.pth', finetune=True)
+    with pytest.raises(CheckpointError, match='does not fit'):
+        check_fit(HEAD, own, 'x.pth', finetune=True)
+
+
+def test_other_variant_is_named():
+    deeper = backbone_state(arch=dict(depths=(1, 1, 2, 1)))
+    with pytest.raises(CheckpointError, match=r'depths \(1, 1, 2, 1\), the model has .* depths \(1, 1, 1, 1\)'):
+        check_fit(deeper, backbone_state(), 'x.pth', finetune=True)
+
+
+def test_stages_that_are_not_built_may_be_left_over():
+    report = check_fit(backbone_state(), backbone_state(out_indices=(0, 1)), 'x.pth', finetune=True)
+    assert 'dropped: backbone.outnorm2.weight' in report
+
+
+class Classifier(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.backbone = VHeat(arch=dict(embed_dims=8, depths=(1, 1, 1, 1)), img_size=32, out_indices=(3,))
+        self.head = nn.Module()
+        self.head.fc = nn.Linear(64, 2)
+
+    def forward(self, inputs, mode='tensor'):
+        return inputs
+
+
+@pytest.mark.parametrize('ema', [False, True])
+def test_released_checkpoint_is_translated(tmp_path, ema):
+    """``model`` or ``model_ema`` of the release, keys without prefix, classifier in its spelling."""
+    source, average = Classifier(), Classifier()
+    released = {}
+    for name, model in (('model', source), ('model_ema', average)):
+        released[name] = {
+            key.removeprefix('backbone.').replace('outnorm3.', 'classifier.0.').replace('head.fc.', 'classifier.3.'): v
+            for key, v in model.state_dict().items()
+        }
+    torch.save(released, tmp_path / 'released.pth')
+    runner = Runner(
+        model=Classifier(),
+        work_dir=str(tmp_path / 'work'),
+        custom_hooks=[dict(type='CheckpointCheckHook', ema=ema)],
+        load_from=str(tmp_path / 'released.pth'),
+        experiment_name=f'released-{ema}',
+    )
+    runner.load_or_resume()
+    for key, value in (average if ema else source).state_dict().items():
+        torch.testing.assert_close(runner.model.state_dict()[key], value, rtol=0, atol=0)
+
+
+# --- annotations
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rpn_head = self.head_of(1)
+        self.roi_head = nn.Module()
+        self.roi_head.bbox_head = nn.ModuleList([self.head_of(3), self.head_of(4)])
+        self.decode_head = self.head_of(5)
+        self.auxiliary_head = self.head_of(6)
+        self.head = self.head_of(2)
+
+    @staticmethod
+    def head_of(num_classes):
+        head = nn.Identity()
+        head.num_classes = num_classes
+        return head
+
+
+def test_heads_are_found():
+    found = {kind: (name, head.num_classes) for kind, (name, head) in class_heads(Heads()).items()}
+    assert found == dict(gt_instances=('roi_head.bbox_head.0', 3), gt_sem_seg=('decode_head', 5), gt_label=('head', 2))
+
+
+def samples(**fields):
+    sample = BaseDataElement(metainfo=dict(img_path='pictures/a.png'))
+    for name, value in fields.items():
+        sample.set_data({name: value})
+    return dict(data_samples=[sample])
+
+
+@pytest.mark.parametrize(
+    ('batch', 'word'),
+    [
+        (samples(gt_instances=InstanceData(labels=torch.tensor([0, 2]))), None),
+        (samples(gt_instances=InstanceData(labels=torch.tensor([0, 3]))), 'label 3 .*bbox_head.0.num_classes=3'),
+        (samples(gt_instances=InstanceData(labels=torch.zeros(0, dtype=torch.long))), None),
+        (samples(gt_sem_seg=PixelData(data=torch.tensor([[[0, 4, 255]]]))), None),
+        (samples(gt_sem_seg=PixelData(data=torch.tensor([[[0, 5, 255]]]))), 'label 5 .*0 .. 4'),
+        (samples(gt_label=torch.tensor([1])), None),
+        (samples(gt_label=torch.tensor([-1])), 'label -1 '),
+        (dict(inputs=1), None),
+        ((1, 2), None),
+    ],
+)
+def test_labels_of_a_batch(batch, word):
+    if word is None:
+        check_batch(batch, class_heads(Heads()))
+    else:
+        with pytest.raises(AnnotationError, match=f'pictures/a.png: {word}'):
+            check_batch(batch, class_heads(Heads()))
+
+
+def test_number_of_class_names():
+    warnings = []
+    runner = SimpleNamespace(logger=SimpleNamespace(warning=warnings.append))
+    heads = dict(gt_label=class_heads(Heads())['gt_label'])
+    for classes, count in ((('a', 'b'), 0), (('a',), 1)):
+        check_classes(SimpleNamespace(metainfo=dict(classes=classes)), heads, runner)
+        assert len(warnings) == count
+    with pytest.raises(AnnotationError, match=r'3 classes, but model.head.num_classes=2'):
+        check_classes(SimpleNamespace(metainfo=dict(classes=('a', 'b', 'c'))), heads, runner)
+    with pytest.raises(AnnotationError, match=r"classes=\('nut',\)"):
+        check_classes(SimpleNamespace(metainfo=dict(classes='nut')), heads, runner)
+
+
+@pytest.mark.parametrize(
+    ('classes', 'category', 'word'),
+    [
+        (('nut', 'bolt'), 7, None),
+        (('nut',), 7, None),  # a subset of the categories, as mmdet allows
+        (('nut', 'bolt'), 9, 'category_id=9'),
+        (('bolt', 'nut'), 7, 'order'),
+        (('nut', 'Bolt'), 7, 'lack .Bolt'),
+    ],
+)
+def test_coco_file(tmp_path, classes, category, word):
+    path = tmp_path / 'coco.json'
+    categories = [dict(id=3, name='nut'), dict(id=7, name='bolt')]
+    annotations = [dict(id=1, image_id=1, category_id=3), dict(id=2, image_id=1, category_id=category)]
+    path.write_text(json.dumps(dict(categories=categories, annotations=annotations)))
+    if word is None:
+        check_coco_file(str(path), classes)
+    else:
+        with pytest.raises(AnnotationError, match=f'coco.json: .*{word}'):
+            check_coco_file(str(path), classes)
+
+
+# --- files
+
+
+class Escape:
+    """From here an unrestricted ``getattr`` would reach ``__globals__``."""
+
+    def __reduce__(self):
+        return getattr, (HistoryBuffer, '__init__')
+
+
+def test_getattr_in_a_checkpoint_is_refused(tmp_path):
+    torch.save(dict(x=Escape()), tmp_path / 'x.pth')
+    with pytest.raises(pickle.UnpicklingError, match='__init__'):
+        torch.load(tmp_path / 'x.pth', weights_only=True)
+    torch.save(dict(x=HistoryBuffer([1.0, 2.0], [1, 1])), tmp_path / 'y.pth')
+    assert torch.load(tmp_path / 'y.pth', weights_only=True)['x'].mean() == 1.5
+
+
+def test_files_are_written_whole(tmp_path):
+    backend = safe_io.AtomicLocalBackend()
+    target = tmp_path / 'new' / 'x.pth'
+    backend.put(b'first', target)
+    with pytest.raises(TypeError):
+        backend.put('no bytes', target)
+    assert target.read_bytes() == b'first'
+    assert list(target.parent.iterdir()) == [target]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert target.stat().st_mode & 0o777 == 0o666 & ~umask

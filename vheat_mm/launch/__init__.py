@@ -1,0 +1,108 @@
+"""``tools/train.py`` and ``tools/test.py``: one pair for detection, segmentation and classification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmengine.config import Config
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from . import cpu_amp as cpu_amp  # registers the optimizer wrapper
+from . import safe_io
+from .config import (
+    add_hook,
+    apply_amp,
+    apply_auto_scale_lr,
+    apply_resume,
+    fit_dataloaders,
+    make_parser,
+    read_config,
+)
+from .distributed import paint_in_every_process, set_up_processes, tear_down_processes
+from .errors import SetupEndHook, ToolError, run_reporting_errors
+from .outputs import apply_out, apply_show, apply_tta
+
+__all__ = ['run_testing', 'run_training']
+
+
+def run_training(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says; returns the exit status (0, or 2 after a message on stderr)."""
+    parser = make_parser('Train a detector, segmentor or classifier.')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='continue an interrupted training: from this file or, without one, from the latest in the work dir',
+    )
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision (on the CPU: bfloat16)')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help="scale the learning rate with the batch size, from the config's auto_scale_lr.base_batch_size",
+    )
+    args = parser.parse_args(argv)
+
+    def body(phase: SetupEndHook) -> None:
+        safe_io.install()
+        cfg = read_config(args)
+        for field in ('train_dataloader', 'train_cfg', 'optim_wrapper'):
+            if not cfg.get(field):
+                raise ToolError(f'{args.config!r} defines no {field}: it is not for training')
+        if args.amp:
+            apply_amp(cfg)
+        if args.auto_scale_lr:
+            apply_auto_scale_lr(cfg, args.config)
+        notes = apply_resume(cfg, args.resume) + fit_dataloaders(cfg)
+        add_hook(cfg, 'ReproducibleHook')
+        build_runner(cfg, notes, phase).train()
+        tear_down_processes()
+
+    return run_reporting_errors(body)
+
+
+def run_testing(argv: Sequence[str] | None = None) -> int:
+    """Test as the command line says; returns the exit status (0, or 2 after a message on stderr)."""
+    parser = make_parser('Test a detector, segmentor or classifier.')
+    parser.add_argument('checkpoint', help='checkpoint file, of this package or of the vHeat release')
+    parser.add_argument(
+        '--out', help='write the predictions: a .pkl file, or for segmentation a folder for the label maps'
+    )
+    parser.add_argument('--show', action='store_true', help='show each test image with its prediction in a window')
+    parser.add_argument('--show-dir', help='write each test image with its prediction into this folder')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds that --show shows an image')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation')
+    args = parser.parse_args(argv)
+
+    def body(phase: SetupEndHook) -> None:
+        safe_io.install()
+        cfg = read_config(args)
+        for field in ('test_dataloader', 'test_cfg', 'test_evaluator'):
+            if cfg.get(field) is None:
+                raise ToolError(f'{args.config!r} defines no {field}: it is not for testing')
+        cfg.load_from, cfg.resume = args.checkpoint, False
+        if args.tta:
+            apply_tta(cfg)
+        if args.out:
+            apply_out(cfg, args.out)
+        if args.show or args.show_dir:
+            apply_show(cfg, args.show, args.show_dir, args.wait_time, args.tta)
+        runner = build_runner(cfg, fit_dataloaders(cfg), phase)
+        paint_in_every_process(runner)
+        runner.test()
+        tear_down_processes()
+
+    return run_reporting_errors(body)
+
+
+def build_runner(cfg: Config, notes: list[str], phase: SetupEndHook) -> Runner:
+    """Join the other processes, build the runner with the checks of this package, and log ``notes``."""
+    notes = notes + set_up_processes(cfg, cfg.launcher)
+    add_hook(cfg, 'CheckpointCheckHook')
+    add_hook(cfg, 'AnnotationCheckHook')
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(phase)
+    for note in notes:
+        runner.logger.info(note)
+    return runner

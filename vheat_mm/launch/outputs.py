@@ -1,0 +1,114 @@
+"""Results of testing beyond the metrics: predictions in files, painted images, test-time augmentation."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+
+from .errors import ToolError
+
+_MASK_HEADS = ('mask_head', 'panoptic_head', 'panoptic_fusion_head')
+
+
+def apply_out(cfg: Config, out: str) -> None:
+    """``--out``, in place: a pickle of all predictions, or for segmentation a folder of label maps.
+
+    Raises:
+        ToolError: Not a name for that.
+    """
+    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+    path = Path(out).absolute()
+    if cfg.default_scope == 'mmseg':
+        metrics = [e for e in evaluators if str(e.get('type')).split('.')[-1] == 'IoUMetric']
+        if not metrics:
+            raise ToolError('--out: label maps are written by IoUMetric, which is not in test_evaluator')
+        if path.is_file():
+            raise ToolError(f'--out {out}: for segmentation it is a folder for the label maps, and that is a file')
+        metrics[0].output_dir = str(path)
+        return
+    if path.suffix not in ('.pkl', '.pickle') or path.is_dir():
+        raise ToolError(f'--out {out}: expected the name of a .pkl or .pickle file for the predictions')
+    dump = 'DumpDetResults' if cfg.default_scope == 'mmdet' else 'DumpResults'
+    cfg.test_evaluator = [*evaluators, dict(type=dump, out_file_path=str(path))]
+
+
+def apply_show(cfg: Config, show: bool, show_dir: str | None, wait_time: float, tta: bool) -> None:
+    """``--show`` and ``--show-dir``, in place: each test image with its prediction, exactly in the folder given.
+
+    Raises:
+        ToolError: The config has no visualization hook; no screen; a combination that mmpretrain cannot paint.
+    """
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    if hook is None:
+        raise ToolError('--show and --show-dir: the config has no default_hooks.visualization; inherit the base config')
+    if show and sys.platform == 'linux' and not (os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY')):
+        raise ToolError('--show needs a screen (DISPLAY is not set): write the pictures with --show-dir instead')
+    # Absolute: the libraries put relative folders below work_dir/<time>, each in its own way.
+    folder = str(Path(show_dir).absolute()) if show_dir else None
+    if folder and Path(folder).exists() and not Path(folder).is_dir():
+        raise ToolError(f'--show-dir {show_dir}: that is a file')
+    if cfg.default_scope == 'mmpretrain':
+        if tta:
+            raise ToolError('mmpretrain cannot paint augmented images: drop --tta or --show / --show-dir')
+        hook.update(enable=True, interval=1, show=show, wait_time=wait_time, out_dir=folder)
+        return
+    hook.update(draw=True, show=show, wait_time=wait_time, interval=1)
+    if folder and cfg.default_scope == 'mmdet':
+        hook.test_out_dir = folder
+    elif folder:
+        cfg.visualizer.vis_backends = [dict(type='LocalVisBackend', img_save_dir=folder)]
+
+
+def apply_tta(cfg: Config) -> None:
+    """``--tta``, in place: the config's own test-time augmentation; without one, flips where the library merges them.
+
+    Raises:
+        ToolError: Masks in detection; segmentation without ``tta_pipeline``.
+    """
+    scope = cfg.default_scope
+    if scope == 'mmdet' and has_mask_head(cfg.model):
+        raise ToolError('masks in test-time augmentation of detectors are not supported yet: drop --tta')
+    if scope == 'mmseg' and not cfg.get('tta_pipeline'):
+        raise ToolError(
+            '--tta: the config has no tta_pipeline; define one as in mmseg::_base_/datasets/ade20k.py, '
+            'with the scales and flips to average over'
+        )
+    dataset = cfg.test_dataloader.dataset
+    while 'pipeline' not in dataset and 'dataset' in dataset:
+        dataset = dataset.dataset
+    if not cfg.get('tta_pipeline'):
+        cfg.tta_pipeline = flip_pipeline(dataset.pipeline, scope)
+    dataset.pipeline = cfg.tta_pipeline
+    tta_model = cfg.get('tta_model') or default_tta_model(scope)
+    cfg.model = ConfigDict(**tta_model, module=cfg.model)
+
+
+def has_mask_head(node: object) -> bool:
+    """Whether a (nested) model config predicts instance masks."""
+    if isinstance(node, (list, tuple)):
+        return any(map(has_mask_head, node))
+    if not isinstance(node, dict):
+        return False
+    return any(node.get(name) is not None for name in _MASK_HEADS) or any(map(has_mask_head, node.values()))
+
+
+def flip_pipeline(pipeline: list[dict], scope: str) -> list[dict]:
+    """A test pipeline whose images are seen as they are and mirrored."""
+    *steps, pack = copy.deepcopy(pipeline)
+    if scope == 'mmdet':  # merging boxes takes to know what was mirrored
+        default = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
+        pack['meta_keys'] = (*pack.get('meta_keys', default), 'flip', 'flip_direction')
+    flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
+    return [*steps, dict(type='TestTimeAug', transforms=[flips, [pack]])]
+
+
+def default_tta_model(scope: str) -> dict:
+    """What merges the predictions where the config has no ``tta_model``."""
+    if scope == 'mmdet':
+        nms = dict(type='nms', iou_threshold=0.5)
+        return dict(type='DetTTAModel', tta_cfg=dict(nms=nms, max_per_img=100))
+    return dict(type='SegTTAModel' if scope == 'mmseg' else 'AverageClsScoreTTA')

@@ -1,0 +1,62 @@
+"""Files that are read without running code and written entirely or not at all, for the tools' processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.runner import CheckpointLoader
+
+from ..checkpoint import read_checkpoint
+
+
+class AtomicLocalBackend(LocalBackend):
+    """MMEngine's local files, but for ``put``, which writes beside the target and renames.
+
+    A full disk, or a kill while writing, leaves no truncated checkpoint behind, and no damaged earlier one.
+    """
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Write ``obj``; missing folders are made. Raises OSError with the path on failure."""
+        target = Path(filepath)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f'.{target.name}.', dir=target.parent)
+        try:
+            with os.fdopen(handle, 'wb') as file:
+                file.write(obj)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o666 & ~_umask())  # temporary files are private; the result is an ordinary file
+            Path(name).replace(target)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                Path(name).unlink()
+            if isinstance(error, OSError):
+                raise OSError(error.errno, f'{error.strerror} while writing', str(target)) from error
+            raise
+
+
+def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Checkpoint loader for MMEngine; see :func:`vheat_mm.checkpoint.read_checkpoint`.
+
+    Args:
+        filename: Path or address.
+        map_location: Where MMEngine wants the tensors: the CPU will do, as it copies them into the model.
+    """
+    return read_checkpoint(filename)
+
+
+def install() -> None:
+    """Make MMEngine use the two above in this process."""
+    register_backend('local', AtomicLocalBackend, prefixes='', force=True)
+    CheckpointLoader.register_scheme(prefixes=('', 'http://', 'https://'), loader=load_from_local, force=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
