@@ -1,0 +1,48 @@
+# Everything from a fresh machine: Python 3.10+, a C++ compiler, make, git.
+#   make demo                      the main job on real pixels, end to end
+#   make test                      all tests
+#   make setup PYTHON=python3.12   another interpreter
+#   make setup VENV=~/envs/vheat   another place
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(abspath $(VENV))/bin/python
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-seg test lint format doctor clean clean-env
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo '  variables: PYTHON (default python3), VENV (default .venv), OUT (default demo_out)'
+
+setup: ## environment in VENV, mmcv compiled once into a cached wheel
+	@tools/misc/setup_env.sh "$(VENV)"
+
+demo: setup ## train, test and paint a small vHeat Mask R-CNN from scratch
+	@$(RUN) tools/misc/demo.py detection --out "$(or $(OUT),demo_out)"
+
+demo-seg: setup ## the same for a small vHeat UPerNet
+	@$(RUN) tools/misc/demo.py segmentation --out "$(or $(OUT),demo_out)"
+
+test: setup ## all tests
+	@$(RUN) -m pytest
+
+lint: setup ## ruff and mypy
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+format: setup ## let ruff rewrite what it can
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+doctor: setup ## what of the stack works here
+	@$(RUN) -m vheat_mm.doctor
+
+clean: ## remove builds, caches and what the demo left
+	rm -rf build dist *.egg-info demo_out .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+clean-env: ## remove VENV (the cached mmcv wheel stays)
+	rm -rf "$(VENV)"

@@ -1,0 +1,64 @@
+"""Package metadata. It never imports torch, so it also builds where torch is not installed yet."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """Return the literal in ``vheat_mm/version.py`` without importing the package."""
+    text = (HERE / 'vheat_mm' / 'version.py').read_text(encoding='utf-8')
+    match = re.search(r"^__version__ = '([^']+)'$", text, flags=re.MULTILINE)
+    if match is None:
+        raise RuntimeError("vheat_mm/version.py holds no line `__version__ = '...'`")
+    return match.group(1)
+
+
+def read_readme() -> str:
+    readme = HERE / 'README.md'
+    return readme.read_text(encoding='utf-8') if readme.is_file() else ''
+
+
+# mmcv is in no extra on purpose: its compiled ops must match the torch that is already there, and
+# pip's isolated build would quietly make an mmcv without them. `python -m vheat_mm.doctor` tells
+# what is missing and how to install it.
+EXTRAS = {
+    'det': ['mmdet>=3.1.0,<3.4.0'],
+    # mmseg imports ftfy and regex at start-up but does not ask pip for them.
+    'seg': ['mmsegmentation>=1.1.0,<1.3.0', 'ftfy', 'regex'],
+    'cls': ['mmpretrain>=1.1.0,<1.3.0'],
+    'hub': ['safetensors>=0.4'],
+    'demo': ['scikit-image>=0.22', 'scipy>=1.10', 'pycocotools>=2.0.7', 'matplotlib>=3.7'],
+    'dev': ['pytest>=8', 'scipy>=1.10', 'ruff>=0.9', 'mypy>=1.10', 'pre-commit>=3.5'],
+}
+EXTRAS['all'] = sorted({name for group in ('det', 'seg', 'cls', 'hub') for name in EXTRAS[group]})
+
+setup(
+    name='vheat_mm',
+    version=read_version(),
+    description='vHeat (visual heat conduction) backbones for MMDetection, MMSegmentation and MMPretrain',
+    long_description=read_readme(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    license_files=['LICENSE'],
+    packages=find_packages(include=['vheat_mm', 'vheat_mm.*']),
+    scripts=['interpolate4downstream.py'],
+    python_requires='>=3.10',
+    install_requires=['torch>=2.1', 'mmengine>=0.10.4'],
+    extras_require=EXTRAS,
+    keywords=['vHeat', 'OpenMMLab', 'object detection', 'semantic segmentation', 'backbone'],
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Science/Research',
+        'Operating System :: OS Independent',
+        'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Topic :: Scientific/Engineering :: Image Recognition',
+    ],
+    zip_safe=False,
+)
