@@ -25,7 +25,7 @@ def read_arch(arch: str | Mapping) -> dict:
         raise ValueError(
             f'arch dict has unknown keys {sorted(unknown)} and lacks {sorted(missing)}; its keys are {sorted(fields)}'
         )
-    checked = dict(post_norm=False, layer_scale=None) | dict(arch)
+    checked: dict = dict(post_norm=False, layer_scale=None) | dict(arch)
     dims, depths = checked['embed_dims'], tuple(checked['depths'])
     if not isinstance(dims, int) or dims < 2 or dims % 2:
         raise ValueError(f'embed_dims must be an even int, the width of the first stage, got {dims!r}')

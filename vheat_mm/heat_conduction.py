@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ class HeatConduction2d(nn.Module):
         dim: Channels C of input and output.
     """
 
+    k_exp: nn.Parameter  # (H, W, C), once deployed
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
@@ -44,7 +47,7 @@ class HeatConduction2d(nn.Module):
 
         Computed in at least float32: ``w k`` spans several orders of magnitude and its exponential leaves float16.
         """
-        k = self.to_k[0]
+        k = cast(nn.Linear, self.to_k[0])
         return decay_map(freq_embed, k.weight, k.bias)
 
     def forward(self, x: Tensor, decay: Tensor) -> Tensor:
@@ -95,7 +98,7 @@ def decay_map(freq_embed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     dtype = torch.promote_types(freq_embed.dtype, torch.float32)
     with torch.autocast(freq_embed.device.type, enabled=False):
         k = F.relu(F.linear(freq_embed.to(dtype), weight.to(dtype), bias.to(dtype)))
-        frequencies = squared_frequencies(*freq_embed.shape[:2], dtype, freq_embed.device)
+        frequencies = squared_frequencies(freq_embed.shape[0], freq_embed.shape[1], dtype, freq_embed.device)
         return torch.exp(-frequencies.unsqueeze(-1) * k)
 
 

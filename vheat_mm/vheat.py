@@ -10,6 +10,7 @@ Shapes: B batch, H x W map, C channels. Inside the network maps are (B, H, W, C)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +90,7 @@ class Downsample(nn.Sequential):
         super().__init__(nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False), nn.LayerNorm(2 * dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self[1](conv2d_channels_last(self[0], x))
+        return self[1](conv2d_channels_last(cast(nn.Conv2d, self[0]), x))
 
 
 class Block(nn.Module):
@@ -135,14 +136,14 @@ class Block(nn.Module):
         return x + self.drop_path(branch if gamma is None else gamma * branch)
 
 
-class Stage(nn.Sequential):
+class Stage(nn.ModuleList):
     """Blocks of one resolution that share FVEs, and the downsampling behind them where another stage follows.
 
-    Blocks and downsampling are the sequential's items 0 .. depth, as in the released state dict.
+    Blocks and downsampling are the list's items 0 .. depth, as in the released state dict.
     """
 
     def __init__(self, blocks: Sequence[Block], downsample: Downsample | None, with_cp: bool) -> None:
-        super().__init__(*blocks, *([] if downsample is None else [downsample]))
+        super().__init__([*blocks, *([] if downsample is None else [downsample])])
         self.depth = len(blocks)
         self.with_cp = with_cp
 
@@ -158,7 +159,6 @@ class Stage(nn.Sequential):
             The blocks' output (B, H, W, C), and what the next stage takes.
         """
         size = (x.shape[1], x.shape[2])
-        blocks = list(self)[: self.depth]
         decays: list[Tensor] | None = None
         embed: Tensor | None = None
         if freq_embed is None:
@@ -168,7 +168,7 @@ class Stage(nn.Sequential):
             decays = cache.get((id(self), size), sources, lambda: self.decays(freq_embed, size))
         else:
             embed = resize_freq_embed(freq_embed, size, mode='bicubic')
-        for index, block in enumerate(blocks):
+        for index, block in enumerate(self.blocks):
             decay = None if decays is None else decays[index]
             if self.with_cp and torch.is_grad_enabled():
                 x = checkpoint(self._run, block, x, embed, decay, use_reentrant=False)
@@ -176,15 +176,20 @@ class Stage(nn.Sequential):
                 x = self._run(block, x, embed, decay)
         return x, self[self.depth](x) if len(self) > self.depth else x
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The stage without its downsampling."""
+        return cast(list[Block], list(self)[: self.depth])
+
     def decays(self, freq_embed: Tensor, size: tuple[int, int]) -> list[Tensor]:
         """Decay maps (H, W, C) of all blocks for a map of ``size``."""
         embed = resize_freq_embed(freq_embed, size, mode='bicubic')
-        return [block.op.decay(embed) for block in list(self)[: self.depth]]
+        return [block.op.decay(embed) for block in self.blocks]
 
     @staticmethod
     def _run(block: Block, x: Tensor, embed: Tensor | None, decay: Tensor | None) -> Tensor:
         # Under checkpointing the decay belongs inside: it is as large as the activations of one image.
-        return block(x, block.op.decay(embed) if decay is None else decay)
+        return block(x, block.op.decay(cast(Tensor, embed)) if decay is None else decay)
 
     def _may_cache(self, freq_embed: Tensor) -> bool:
         # A compiled graph computes the decay itself; ``switch_to_deploy`` makes it a constant there.
@@ -195,11 +200,11 @@ class Stage(nn.Sequential):
     def _decay_sources(self, freq_embed: Tensor) -> list[Tensor]:
         return [
             freq_embed,
-            *(p for block in list(self)[: self.depth] for p in block.op.to_k.parameters()),
+            *(p for block in self.blocks for p in block.op.to_k.parameters()),
         ]
 
     def _deployed_decays(self, size: tuple[int, int]) -> list[Tensor]:
-        decays = [block.op.k_exp for block in list(self)[: self.depth]]
+        decays: list[Tensor] = [block.op.k_exp for block in self.blocks]
         fixed = tuple(decays[0].shape[:2])
         if fixed != size:
             raise ValueError(
@@ -247,6 +252,7 @@ class VHeat(BaseModule):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
+        self.init_cfg: dict | list[dict] | None
         self.arch = read_arch(arch)
         self.img_size = to_pair(img_size, 'img_size')
         self.out_indices = read_out_indices(out_indices)
@@ -328,7 +334,7 @@ class VHeat(BaseModule):
         size = self.img_size if size is None else to_pair(size, 'size')
         for stage, embed, grid in zip(self.layers, self.freq_embed, grid_sizes(size), strict=False):
             embed = resize_freq_embed(embed, grid, mode='bicubic')
-            for block in list(stage)[: stage.depth]:
+            for block in cast(Stage, stage).blocks:
                 block.op.switch_to_deploy(embed)
         self.freq_embed = None
         self.decay_cache.clear()
