@@ -84,7 +84,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         named = re.search(r'GLOBAL (\S+)|call reduce for unrecognized function (.+)', str(error))
         if named is None:
-            raise CheckpointError(f'{name!r} is damaged or no PyTorch file: {_first_line(error)}') from error
+            reason = str(error).split('WeightsUnpickler error:')[-1].strip()  # PyTorch's advice before it is unsafe
+            raise CheckpointError(f'{name!r} is damaged or no PyTorch file: {reason.splitlines()[0]}') from error
         culprit = named.group(1) or named.group(2)
         hint = '' if torch.__version__ >= '2.6' else " (PyTorch >= 2.6 reads the release's yacs configuration)"
         raise CheckpointError(

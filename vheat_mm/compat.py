@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pickle
 import sys
+from collections import OrderedDict
 from types import ModuleType
 
 import numpy as np
@@ -12,14 +13,6 @@ import torch
 from mmengine.logging import HistoryBuffer
 
 _torchvision_schemas = None  # keeps the declared schemas alive for the life of the process
-
-
-class CfgNode(dict):
-    """Inert stand-in for ``yacs.config.CfgNode``: holds the items, runs nothing.
-
-    Released vHeat classification checkpoints carry their training configuration as a pickled yacs node. Nobody
-    needs it to use the weights, and yacs need not be installed.
-    """
 
 
 def _numpy_globals() -> list:
@@ -56,7 +49,8 @@ def register_safe_globals() -> None:
         [
             HistoryBuffer,
             (_history_buffer_method, 'builtins.getattr'),
-            (CfgNode, 'yacs.config.CfgNode'),
+            # The configuration in released checkpoints, read as a plain dict; yacs need not be installed.
+            (OrderedDict, 'yacs.config.CfgNode'),
             *_numpy_globals(),
         ]
     )

@@ -313,12 +313,15 @@ class VHeat(BaseModule):
         if self.is_init:
             return
         entries = [self.init_cfg] if isinstance(self.init_cfg, Mapping) else list(self.init_cfg or [])
-        configured, self.init_cfg = self.init_cfg, [e for e in entries if e['type'] != 'Pretrained']
-        super().init_weights()
-        self.init_cfg = configured
-        for entry in entries:
-            if entry['type'] == 'Pretrained':
-                load_pretrained(self, **{key: value for key, value in entry.items() if key != 'type'})
+        pretrained = [entry for entry in entries if entry['type'] == 'Pretrained']
+        others = [entry for entry in entries if entry['type'] != 'Pretrained']
+        if others or not pretrained:
+            configured, self.init_cfg = self.init_cfg, others
+            super().init_weights()
+            self.init_cfg = configured
+        for entry in pretrained:
+            load_pretrained(self, **{key: value for key, value in entry.items() if key != 'type'})
+        self.is_init = True
 
     def switch_to_deploy(self, size: int | Sequence[int] | None = None) -> None:
         """Fold the decay maps for one image size into constants, as the release's re-parameterisation does.

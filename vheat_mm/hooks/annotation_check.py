@@ -19,7 +19,7 @@ from .checkpoint_check import unwrap
 
 # A sample's labels -> names of the heads that learn them. An RPN only tells objects from background.
 _HEADS = {
-    'gt_instances': re.compile(r'(?:.*\.)?(?!rpn_|semantic_)\w*(?:bbox|mask|query)_head(?:\.\d+)*$'),
+    'gt_instances': re.compile(r'(?:.*\.)?\w*(?:bbox|mask|query)_head(?:\.\d+)*$'),
     'gt_sem_seg': re.compile(r'(?:decode|auxiliary)_head(?:\.\d+)*$'),
     'gt_label': re.compile(r'head$'),
 }

@@ -1,0 +1,44 @@
+"""Shared by all tests: golden numbers, small models, quiet logs."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vheat_mm import VHeat
+
+DATA = Path(__file__).parent / 'data'
+TINY_WIDTH = dict(embed_dims=4, depths=(1, 1, 2, 1))
+
+
+@pytest.fixture
+def golden() -> Callable[[str], dict[str, torch.Tensor]]:
+    """Read a file of tests/data as float64 tensors; see tests/data/README.md for where the numbers come from."""
+
+    def read(name: str) -> dict[str, torch.Tensor]:
+        with np.load(DATA / name) as content:
+            return {key: torch.from_numpy(content[key].astype(np.float64)) for key in content}
+
+    return read
+
+
+@pytest.fixture
+def make_vheat() -> Callable[..., VHeat]:
+    """A VHeat of width 4 for images of 64 pixels; keyword arguments override."""
+
+    def make(post_norm: bool = False, **overrides: object) -> VHeat:
+        torch.manual_seed(0)
+        arch = dict(TINY_WIDTH, post_norm=post_norm, layer_scale=0.5 if post_norm else None)
+        return VHeat(**(dict(arch=arch, img_size=64) | overrides))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _no_stale_logger():
+    """MMEngine's loggers keep handlers on closed streams between tests."""
+    yield
+    logging.getLogger('mmengine').handlers.clear()

@@ -1,0 +1,114 @@
+"""Bringing a checkpoint's frequency value embeddings to another image size: what interpolate4downstream.py runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoint import (
+    CheckpointError,
+    StateDict,
+    Weights,
+    find_weights,
+    freq_embed_grids,
+    read_checkpoint,
+    save_atomically,
+)
+from .freq_embed import grid_sizes, resize_freq_embed
+from .pretrained import describe_weights
+
+
+@dataclass
+class Resized:
+    """A checkpoint with resized FVEs.
+
+    Attributes:
+        weights: Backbone and head, resized.
+        grids: Grid (H, W) of each stage before and after.
+    """
+
+    weights: Weights
+    grids: list[tuple[tuple[int, int], tuple[int, int]]]
+
+    def table(self) -> str:
+        """What was done, for people."""
+        name = describe_weights(self.weights.backbone).get('arch')
+        lines = [f'{"vHeat-" + name if name else "a vHeat"} from {self.weights.path!r}, entry {self.weights.entry!r}']
+        for i, (old, new) in enumerate(self.grids):
+            lines.append(f'  freq_embed.{i}  {old[0]:4d} x {old[1]:<4d} -> {new[0]:4d} x {new[1]:<4d}')
+        carried = len(self.weights.backbone) + len(self.weights.head) - len(self.grids)
+        lines.append(f'  {carried} other tensors as they are, {len(self.weights.head)} of them of heads')
+        return '\n'.join(lines)
+
+    def released_keys(self) -> StateDict:
+        """The weights in the release's spelling, with the classifier where there is one."""
+        head = {key: value for key, value in self.weights.head.items() if key.startswith('head.fc.')}
+        if not head:
+            return dict(self.weights.backbone)
+        spelled = {key.replace('outnorm3.', 'classifier.0.', 1): value for key, value in self.weights.backbone.items()}
+        return spelled | {key.replace('head.fc.', 'classifier.3.', 1): value for key, value in head.items()}
+
+
+def resize_checkpoint(
+    path: str,
+    source_size: tuple[int, int],
+    target_size: tuple[int, int],
+    mode: str = 'pad',
+    ema: bool = False,
+    prefix: str | None = None,
+) -> Resized:
+    """Read a checkpoint and bring its FVEs from one image size to another.
+
+    Args:
+        path: Any checkpoint that :func:`~vheat_mm.checkpoint.read_checkpoint` reads.
+        source_size: Image size (height, width) of the file's grid, in pixels; checked against the file.
+        target_size: Image size (height, width) wanted.
+        mode: See :mod:`vheat_mm.freq_embed`.
+        ema: Take the moving average.
+        prefix: See :func:`~vheat_mm.checkpoint.find_weights`.
+
+    Raises:
+        CheckpointError: Unreadable, no vHeat, re-parameterised, or of another grid than ``source_size`` gives.
+    """
+    weights = find_weights(read_checkpoint(path), path, prefix, ema)
+    old = freq_embed_grids(weights.backbone)
+    if not old:
+        raise CheckpointError(
+            f'{path!r} holds no frequency value embeddings: it is re-parameterised for one resolution and cannot be '
+            'resized; take the checkpoint it was made from'
+        )
+    if old != grid_sizes(source_size)[: len(old)]:
+        grids = ', '.join(f'{h}x{w}' for h, w in old)
+        raise CheckpointError(
+            f'the grids in {path!r} are {grids}, as of images of {old[0][0] * 4}x{old[0][1] * 4} pixels, not of '
+            f'--pt_size {source_size[0]}x{source_size[1]}: pass --pt_size {old[0][0] * 4} {old[0][1] * 4}'
+        )
+    new = grid_sizes(target_size)[: len(old)]
+    for i, grid in enumerate(new):
+        key = f'freq_embed.{i}'
+        weights.backbone[key] = resize_freq_embed(weights.backbone[key], grid, mode)
+    return Resized(weights, list(zip(old, new, strict=True)))
+
+
+def write_resized(resized: Resized, target: str) -> None:
+    """Write tensors only, whole or not at all.
+
+    A torch file gets two spellings that share their storage: ``model`` with the release's keys and ``state_dict`` with
+    MMEngine's. A ``.safetensors`` file gets the first.
+
+    Raises:
+        CheckpointError: The target is the input; it cannot be written.
+    """
+    source = Path(resized.weights.path).expanduser()
+    if Path(target).exists() and source.exists() and source.samefile(target):
+        raise CheckpointError(f'{target!r} is the input itself: choose another --tg_pth, the input is never written')
+    if Path(target).suffix == '.safetensors':
+        save_atomically(resized.released_keys(), target)
+    else:
+        save_atomically({'model': resized.released_keys(), 'state_dict': resized.weights.to_mmengine()}, target)
+
+
+def read_size(values: Sequence[int]) -> tuple[int, int]:
+    """One or two numbers of a command line as (height, width)."""
+    return (values[0], values[-1])
