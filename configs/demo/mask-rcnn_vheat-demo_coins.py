@@ -90,3 +90,4 @@ default_hooks = dict(
     visualization=dict(score_thr=0.5),
 )
 log_processor = dict(window_size=10)
+randomness = dict(seed=0)

@@ -76,3 +76,4 @@ param_scheduler = [
 ]
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=max_iters))
 log_processor = dict(window_size=10)
+randomness = dict(seed=0)
