@@ -310,6 +310,11 @@ def test_classifier_test(classifier):
     plain, tta = (pickle.loads((classifier / f'{name}.pkl').read_bytes()) for name in ('plain', 'tta'))
     assert len(plain) == len(tta) == 6
     assert len(list((classifier / 'pic').iterdir())) == 6
+    # the config's EMAHook, made for training, must not replace the weights
+    bare = (checkpoint, '--out', 'bare.pkl', '--tta', '--cfg-options', 'custom_hooks=[]')
+    run(TOOLS / 'test.py', 'classification.py', *bare, cwd=classifier)
+    for ours, expected in zip(tta, pickle.loads((classifier / 'bare.pkl').read_bytes()), strict=True):
+        assert torch.equal(ours['pred_score'], expected['pred_score'])
 
 
 def in_process(capfd, tool, *arguments: object) -> str:

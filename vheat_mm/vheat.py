@@ -321,7 +321,7 @@ class VHeat(BaseModule):
             self.init_cfg = configured
         for entry in pretrained:
             load_pretrained(self, **{key: value for key, value in entry.items() if key != 'type'})
-        self.is_init = True
+        self._is_init = True
 
     def switch_to_deploy(self, size: int | Sequence[int] | None = None) -> None:
         """Fold the decay maps for one image size into constants, as the release's re-parameterisation does.

@@ -15,6 +15,7 @@ from .config import (
     apply_amp,
     apply_auto_scale_lr,
     apply_resume,
+    drop_hook,
     fit_dataloaders,
     make_parser,
     read_config,
@@ -82,6 +83,9 @@ def run_testing(argv: Sequence[str] | None = None) -> int:
             if cfg.get(field) is None:
                 raise ToolError(f'{args.config!r} defines no {field}: it is not for testing')
         cfg.load_from, cfg.resume = args.checkpoint, False
+        # A checkpoint's state_dict holds the average already. The hook would swap in a second copy of it, which under
+        # test-time augmentation it fails to load (mmengine <= 0.10.7) and leaves at random.
+        drop_hook(cfg, 'EMAHook')
         if args.tta:
             apply_tta(cfg)
         if args.out:

@@ -101,6 +101,11 @@ def add_hook(cfg: Config, name: str) -> None:
     cfg.custom_hooks = hooks
 
 
+def drop_hook(cfg: Config, name: str) -> None:
+    """Remove a hook from the config, in place."""
+    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') != name]
+
+
 def fit_dataloaders(cfg: Config) -> list[str]:
     """Settle what depends on the machine or on the loop, in place; returns lines for the log."""
     notes = []
