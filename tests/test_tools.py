@@ -590,3 +590,29 @@ class Mislabel:
     (tmp_path / 'detection.py').write_text(text)
     done = run(TOOLS / 'dist_train.sh', 'detection.py', 2, cwd=tmp_path, check=False, PYTHONPATH=str(tmp_path))
     assert_message(done, '3.png', f'label {value} ', 'num_classes=2')
+
+
+def test_leaving_after_gloo_runs_what_is_registered(tmp_path):
+    code = """
+import atexit
+from vheat_mm.launch import distributed
+atexit.register(print, 'registered')
+distributed._gloo_used = True
+distributed.leave(3)
+"""
+    done = run(sys.executable, '-c', code, cwd=tmp_path, check=False, PYTHONPATH=str(REPO))
+    assert done.returncode == 3
+    assert done.stdout == 'registered\n'
+
+
+def test_cores_are_shared_out(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import dist_run
+
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(9)), raising=False)
+    monkeypatch.setattr(os, 'environ', {})
+    dist_run.share_cores(2)
+    assert os.environ == dict(OMP_NUM_THREADS='4', MKL_NUM_THREADS='4')
+    monkeypatch.setattr(os, 'environ', dict(OMP_NUM_THREADS='3'))
+    dist_run.share_cores(2)
+    assert os.environ['OMP_NUM_THREADS'] == '3'

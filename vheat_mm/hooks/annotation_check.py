@@ -68,9 +68,9 @@ class AnnotationCheckHook(Hook):
                 check_coco_file(part.ann_file, part.metainfo['classes'])
 
 
-def class_heads(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+def class_heads(model: nn.Module) -> dict[str, tuple[str, Any]]:
     """For each kind of label, the head that knows the fewest classes, with its name."""
-    found: dict[str, tuple[str, nn.Module]] = {}
+    found: dict[str, tuple[str, Any]] = {}
     for name, module in model.named_modules():
         if not isinstance(getattr(module, 'num_classes', None), int):
             continue
@@ -81,9 +81,9 @@ def class_heads(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     return found
 
 
-def check_classes(dataset: Any, heads: dict[str, tuple[str, nn.Module]], runner: Runner) -> None:
+def check_classes(dataset: Any, heads: dict[str, tuple[str, Any]], runner: Runner) -> None:
     """Compare the number of class names with each head; more outputs than classes are only worth a warning."""
-    classes = getattr(dataset, 'metainfo', {}).get('classes')
+    classes: Any = getattr(dataset, 'metainfo', {}).get('classes')
     if isinstance(classes, str):
         raise AnnotationError(
             f"metainfo.classes is the string {classes!r}: write classes=('{classes}',), with the comma"
@@ -134,7 +134,7 @@ def check_coco_file(path: str, classes: tuple[str, ...]) -> None:
         )
 
 
-def check_batch(data_batch: Any, heads: dict[str, tuple[str, nn.Module]]) -> None:
+def check_batch(data_batch: Any, heads: dict[str, tuple[str, Any]]) -> None:
     """Check the labels of a training batch, before it goes to the model's device."""
     samples = data_batch.get('data_samples') if isinstance(data_batch, Mapping) else None
     for sample in samples if isinstance(samples, list | tuple) else ():

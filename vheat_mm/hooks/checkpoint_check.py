@@ -72,9 +72,10 @@ class CheckpointCheckHook(Hook):
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside wrappers for distribution and test-time augmentation."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model
+    inner: Any = model
+    while is_model_wrapper(inner) or isinstance(inner, BaseTTAModel):
+        inner = inner.module
+    return inner
 
 
 def check_fit(state: StateDict, own: StateDict, path: str, finetune: bool) -> str:

@@ -20,11 +20,11 @@ from .config import (
     make_parser,
     read_config,
 )
-from .distributed import paint_in_every_process, set_up_processes, tear_down_processes
+from .distributed import leave, paint_in_every_process, set_up_processes, tear_down_processes
 from .errors import SetupEndHook, ToolError, run_reporting_errors
 from .outputs import apply_out, apply_show, apply_tta
 
-__all__ = ['run_testing', 'run_training']
+__all__ = ['leave', 'run_testing', 'run_training']
 
 
 def run_training(argv: Sequence[str] | None = None) -> int:
