@@ -11,13 +11,15 @@ Any other prefix (``module.``, ``module.backbone.``, ``_orig_mod.``) is found by
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from mmengine.dist import barrier, get_dist_info
@@ -165,36 +167,36 @@ def save_atomically(checkpoint: dict[str, Any], path: str | os.PathLike) -> None
     target = Path(path).expanduser()
     if not target.parent.is_dir():
         raise CheckpointError(f'cannot write {str(target)!r}: there is no folder {str(target.parent)!r}')
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f'.{target.name}.', delete=False) as file:
-            temporary = Path(file.name)
+        with atomic_file(target) as file:
             if target.suffix == '.safetensors':
                 from safetensors.torch import save
 
                 file.write(save({key: value.contiguous() for key, value in checkpoint.items()}))
             else:
                 torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # temporary files are private; the result is an ordinary file
-        temporary.replace(target)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # PyTorch's zip writer turns a full disk into a RuntimeError
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # PyTorch's zip writer turns a full disk into a RuntimeError
         raise CheckpointError(
             f'could not write {str(target)!r} ({_first_line(error)}); what was there is untouched. '
             'Free some space or choose another folder.'
         ) from error
-    except BaseException:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[IO[bytes]]:
+    """Open a file beside ``target`` that takes its place once the block has ended well, and is removed otherwise."""
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f'.{target.name}.', delete=False) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            Path(file.name).chmod(0o666 & ~umask)  # temporary files are private; the result is an ordinary file
+            Path(file.name).replace(target)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
 
 
 def freq_embed_grids(backbone: StateDict) -> list[tuple[int, int]]:
@@ -245,6 +247,7 @@ def _download(url: str) -> Path:
 
 
 def some_of(keys: list[str], limit: int = 8) -> str:
+    """The first of some names, and how many more there are, for messages."""
     shown = ', '.join(keys[:limit]) or 'none'
     return shown if len(keys) <= limit else f'{shown} and {len(keys) - limit} more'
 

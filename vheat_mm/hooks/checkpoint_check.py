@@ -12,7 +12,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ..checkpoint import CheckpointError, find_weights
+from ..checkpoint import CheckpointError, find_weights, some_of
 from ..pretrained import describe_weights
 
 StateDict = dict[str, Tensor]
@@ -109,8 +109,8 @@ def check_fit(state: StateDict, own: StateDict, path: str, finetune: bool) -> st
     if fatal(missing) or fatal(left_over) or fatal(reshaped) or not loaded:
         raise CheckpointError(
             f'{path!r} does not fit the model{_variants(state, own)}. '
-            f'Missing: {_some(fatal(missing))}. Left over: {_some(fatal(left_over))}. '
-            f'Of another shape: {_some([shapes[key] for key in fatal(reshaped)])}. '
+            f'Missing: {some_of(fatal(missing))}. Left over: {some_of(fatal(left_over))}. '
+            f'Of another shape: {some_of([shapes[key] for key in fatal(reshaped)])}. '
             'Take the config that the checkpoint was trained with, or a checkpoint of this config.'
         )
     lines = [f'Weights from {path}: {loaded} of {len(own)} tensors']
@@ -120,7 +120,7 @@ def check_fit(state: StateDict, own: StateDict, path: str, finetune: bool) -> st
         'missing, left as initialised': missing,
         'not of this model, dropped': left_over,
     }
-    lines += [f'  {note}: {_some(keys)}' for note, keys in notes.items() if keys]
+    lines += [f'  {note}: {some_of(keys)}' for note, keys in notes.items() if keys]
     return '\n'.join(lines)
 
 
@@ -154,11 +154,6 @@ def _variants(state: StateDict, own: StateDict) -> str:
         kind = f'vHeat-{found["arch"]}' if 'arch' in found else 'a vHeat'
         names.append(f'{kind} of width {found["embed_dims"]} and depths {found["depths"]}')
     return f': it holds {names[0]}, the model has {names[1]}' if names[0] != names[1] else ''
-
-
-def _some(keys: list[str], limit: int = 6) -> str:
-    shown = ', '.join(keys[:limit]) or 'none'
-    return shown if len(keys) <= limit else f'{shown} and {len(keys) - limit} more'
 
 
 def _dims(tensor: Tensor) -> str:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.runner import CheckpointLoader
 
-from ..checkpoint import read_checkpoint
+from ..checkpoint import atomic_file, read_checkpoint
 
 
 class AtomicLocalBackend(LocalBackend):
@@ -24,20 +21,11 @@ class AtomicLocalBackend(LocalBackend):
         """Write ``obj``; missing folders are made. Raises OSError with the path on failure."""
         target = Path(filepath)
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f'.{target.name}.', dir=target.parent)
         try:
-            with os.fdopen(handle, 'wb') as file:
+            with atomic_file(target) as file:
                 file.write(obj)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o666 & ~_umask())  # temporary files are private; the result is an ordinary file
-            Path(name).replace(target)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                Path(name).unlink()
-            if isinstance(error, OSError):
-                raise OSError(error.errno, f'{error.strerror} while writing', str(target)) from error
-            raise
+        except OSError as error:
+            raise OSError(error.errno, f'{error.strerror} while writing', str(target)) from error
 
 
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
@@ -54,9 +42,3 @@ def install() -> None:
     """Make MMEngine use the two above in this process."""
     register_backend('local', AtomicLocalBackend, prefixes='', force=True)
     CheckpointLoader.register_scheme(prefixes=('', 'http://', 'https://'), loader=load_from_local, force=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
