@@ -174,6 +174,16 @@ def test_compiles_as_one_graph(make_vheat, train):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_one_compiled_graph_serves_every_image_size(make_vheat):
+    torch.compiler.reset()
+    model = make_vheat(out_indices=0).eval()  # a stem and a stage: what inductor compiles in seconds
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for size in ((64, 96), (33, 70)):
+        image = torch.randn(2, 3, *size)
+        torch.testing.assert_close(compiled(image), model(image), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize('out_indices', [(0,), (1,), (0, 2), -1, (-4, -2), (0, 1, 2, 3)])
 def test_every_parameter_is_used_by_the_outputs(make_vheat, out_indices):
     model = make_vheat(out_indices=out_indices)

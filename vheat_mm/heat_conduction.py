@@ -151,4 +151,9 @@ def _basis(n: int, like: Tensor) -> Tensor:
 
 def conv2d_channels_last(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Apply a 2-D convolution to a (B, H, W, C) map; both permutations are views."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    x = x.permute(0, 3, 1, 2)
+    if torch.compiler.is_compiling():
+        # The compiler chooses layouts itself, and fails on a convolution of a permuted map of symbolic size ("Invalid
+        # ranges [0:-1]" of inductor in PyTorch 2.13). It merges this copy into the step before.
+        x = x.contiguous()
+    return conv(x).permute(0, 2, 3, 1)

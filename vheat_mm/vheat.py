@@ -294,7 +294,7 @@ class VHeat(BaseModule):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image (B, in_channels, H, W), H and W at least 1 -> tuple of maps, one per output index."""
         x = x.permute(0, 2, 3, 1)
-        if not torch.compiler.is_compiling():  # the compiler chooses layouts itself
+        if not torch.compiler.is_compiling():
             x = x.contiguous()  # from here on every step between (B, C, H, W) and (B, H, W, C) is a view
         x = self.patch_embed(x)
         outputs = []
