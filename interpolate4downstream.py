@@ -5,14 +5,16 @@ python interpolate4downstream.py --pt_pth vHeat_tiny.pth --pt_size 224 --tg_pth 
 
 import argparse
 import sys
+from pathlib import Path
 
 from vheat_mm.checkpoint import CheckpointError
 from vheat_mm.freq_embed import RESIZE_MODES, to_pair
-from vheat_mm.interpolate import read_size, resize_checkpoint, write_resized
+from vheat_mm.interpolate import check_target, read_size, resize_checkpoint, write_resized
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument(
         '--pt_pth', required=True, help='checkpoint to read: classification, MMEngine, bare, safetensors'
     )
@@ -45,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         source, target = to_pair(args.pt_size, '--pt_size'), to_pair(args.tg_size, '--tg_size')
+        check_target(args.pt_pth, args.tg_pth)
         resized = resize_checkpoint(args.pt_pth, source, target, args.mode, args.ema, args.prefix)
         if not args.dry_run:
             write_resized(resized, args.tg_pth)
@@ -52,7 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f'error: {error}', file=sys.stderr)
         return 2
     print(resized.table())
-    print('nothing written (--dry-run)' if args.dry_run else f'written to {args.tg_pth!r}, mode {args.mode}')
+    if args.dry_run:
+        print(f'nothing written (--dry-run), mode {args.mode}')
+    else:
+        size = Path(args.tg_pth).expanduser().stat().st_size
+        print(f'written to {args.tg_pth!r}, mode {args.mode}, {size / 1e6:.1f} MB')
     return 0
 
 

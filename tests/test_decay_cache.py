@@ -8,6 +8,7 @@ import torch
 from mmengine.model import ExponentialMovingAverage
 
 from vheat_mm import VHeat
+from vheat_mm.decay_cache import DecayCache
 
 
 @pytest.fixture
@@ -86,6 +87,18 @@ def test_change_of_a_weight_is_seen(model, image, change):
     for a, b, expected in zip(before, after, uncached(model, image), strict=True):
         torch.testing.assert_close(b, expected)
         assert b.dtype != a.dtype or not torch.allclose(a, b)
+
+
+def test_another_weight_at_a_freed_address_is_seen():
+    """Allocators hand a freed block to the next tensor of its size, which has the same address and version."""
+    cache = DecayCache()
+    for value in range(10):
+        assert through(cache, torch.full((5000,), float(value))) == value + 1
+    assert cache.builds == 10
+
+
+def through(cache: DecayCache, source: torch.Tensor) -> float:
+    return cache.get('size', [source], lambda: [source + 1])[0][0].item()
 
 
 @torch.no_grad()

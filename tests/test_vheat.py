@@ -80,10 +80,13 @@ PUBLISHED = {
 @pytest.mark.parametrize('arch', PUBLISHED)
 def test_published_counts_and_keys(arch):
     """Keys and shapes as released; parameters and FLOPs to the published digits."""
-    released = json.loads((DATA / f'state_dict_{arch}.json').read_text())['backbone_512']
+    released = json.loads((DATA / f'state_dict_{arch}.json').read_text())
     with torch.device('meta'):
-        shapes = {key: list(value.shape) for key, value in VHeat(arch, img_size=512).state_dict().items()}
-    assert shapes == released
+        dense, last = VHeat(arch, img_size=512).state_dict(), VHeat(arch, out_indices=(3,)).state_dict()
+    assert {key: list(value.shape) for key, value in dense.items()} == released['backbone_512']
+    shapes = {key.replace('outnorm3', 'classifier.0'): list(value.shape) for key, value in last.items()}
+    head = {'classifier.3.weight': [1000, shapes['classifier.0.weight'][0]], 'classifier.3.bias': [1000]}
+    assert shapes | head == released['classifier_224']
 
     class Classifier(nn.Module):
         def __init__(self):
@@ -299,11 +302,16 @@ def test_layer_depth(make_vheat):
         (dict(arch=dict(embed_dims=8)), 'lacks.*depths'),
         (dict(arch=dict(embed_dims=8, depths=(1, 1, 1, 1), heads=3)), 'heads'),
         (dict(arch=dict(embed_dims=8, depths=(1, 1, 1))), r'\(1, 1, 1\)'),
+        (dict(arch=None), 'arch.*None'),
+        (dict(arch=dict(embed_dims=8, depths=2)), 'depths.*2'),
         (dict(arch=dict(embed_dims=7, depths=(1, 1, 1, 1))), 'embed_dims.*7'),
         (dict(img_size=31), 'img_size.*32.*31'),
+        (dict(img_size=224.0), 'img_size.*224.0'),
         (dict(img_size=(64, 64, 64)), 'img_size.*64, 64, 64'),
         (dict(out_indices=(0, 4)), r'out_indices.*\(0, 4\)'),
         (dict(out_indices=()), 'out_indices'),
+        (dict(out_indices=None), 'out_indices.*None'),
+        (dict(out_indices=(True,)), 'out_indices.*True'),
         (dict(out_indices=(3, -1)), 'twice'),
         (dict(drop_path_rate=1.0), 'drop_path_rate.*1.0'),
         (dict(frozen_stages=5), 'frozen_stages.*5'),

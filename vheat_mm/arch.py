@@ -19,6 +19,8 @@ def read_arch(arch: str | Mapping) -> dict:
         if arch not in ARCHS:
             raise ValueError(f'unknown arch {arch!r}, expected one of {sorted(ARCHS)} or a dict')
         return dict(ARCHS[arch])
+    if not isinstance(arch, Mapping):
+        raise ValueError(f'arch must be one of {sorted(ARCHS)} or a dict, got {arch!r}')
     fields = {'embed_dims', 'depths', 'post_norm', 'layer_scale'}
     unknown, missing = set(arch) - fields, {'embed_dims', 'depths'} - set(arch)
     if unknown or missing:
@@ -26,20 +28,24 @@ def read_arch(arch: str | Mapping) -> dict:
             f'arch dict has unknown keys {sorted(unknown)} and lacks {sorted(missing)}; its keys are {sorted(fields)}'
         )
     checked: dict = dict(post_norm=False, layer_scale=None) | dict(arch)
-    dims, depths = checked['embed_dims'], tuple(checked['depths'])
-    if not isinstance(dims, int) or dims < 2 or dims % 2:
+    dims, depths = checked['embed_dims'], checked['depths']
+    if not _is_int(dims) or dims < 2 or dims % 2:
         raise ValueError(f'embed_dims must be an even int, the width of the first stage, got {dims!r}')
-    if len(depths) != NUM_STAGES or not all(isinstance(d, int) and d > 0 for d in depths):
-        raise ValueError(f'depths must be {NUM_STAGES} positive ints, got {checked["depths"]!r}')
-    return checked | dict(depths=depths)
+    if not isinstance(depths, Sequence) or len(depths) != NUM_STAGES or not all(_is_int(d) and d > 0 for d in depths):
+        raise ValueError(f'depths must be {NUM_STAGES} positive ints, got {depths!r}')
+    return checked | dict(depths=tuple(depths))
 
 
 def read_out_indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:
     """Normalise output indices to ascending stages 0 .. 3."""
-    given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-    if not given or not all(isinstance(i, int) and -NUM_STAGES <= i < NUM_STAGES for i in given):
+    given = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
+    if not given or not all(_is_int(i) and -NUM_STAGES <= i < NUM_STAGES for i in given):
         raise ValueError(f'out_indices must name stages in {-NUM_STAGES} .. {NUM_STAGES - 1}, got {out_indices!r}')
     stages = sorted({i % NUM_STAGES for i in given})
     if len(stages) != len(given):
         raise ValueError(f'out_indices names a stage twice: {out_indices!r}')
     return tuple(stages)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -30,7 +30,7 @@ from .freq_embed import NUM_STAGES
 
 StateDict = dict[str, Tensor]
 
-_ANCHOR = 'patch_embed.conv1.weight'  # present in every vHeat state dict, whatever the task
+ANCHOR = 'patch_embed.conv1.weight'  # present in every vHeat state dict, whatever the task
 # released key -> ours, inside the backbone; and released key -> mmpretrain's, outside of it
 _OUT_NORM_OF_CLASSIFIER = ('classifier.0.', 'outnorm3.')
 _HEAD_OF_CLASSIFIER = ('classifier.3.', 'head.fc.')
@@ -49,7 +49,8 @@ class Weights:
         entry: The checkpoint's entry they were in, ``'file'`` for a bare state dict.
         prefix: What stood before the backbone's keys.
         backbone: Backbone weights under :class:`~vheat_mm.VHeat`'s keys.
-        head: All other weights of the entry, under MMEngine's keys (``head.fc.*`` for a classifier's linear layer).
+        head: All other weights of the entry, under MMEngine's keys (``head.fc.*`` for a classifier's linear layer) and
+            without what wraps the whole model (``module.`` before ``backbone.``).
     """
 
     path: str
@@ -119,37 +120,41 @@ def find_weights(
         ema: Take the exponential moving average. (In MMEngine's files ``state_dict`` holds it already.)
 
     Raises:
-        CheckpointError: No or several vHeat backbones; ``ema`` asked of a file without one.
+        CheckpointError: No or several vHeat backbones; ``ema`` asked of a file without one; FVEs that are no grid.
     """
     entry, state = _select_entry(checkpoint, path, ema)
-    prefixes = sorted(key.removesuffix(_ANCHOR) for key in state if key.endswith(_ANCHOR))
+    prefixes = sorted(key.removesuffix(ANCHOR) for key in state if key.endswith(ANCHOR))
     if prefix is not None:
         prefix = prefix if not prefix or prefix.endswith('.') else f'{prefix}.'
         prefixes = [p for p in prefixes if p == prefix]
     if len(prefixes) > 1:
         raise CheckpointError(f'{path!r} holds several vHeat backbones, under {prefixes}: choose one with prefix=...')
     if not prefixes:
-        wanted = f'{prefix or ""}{_ANCHOR}'
+        wanted = f'{prefix or ""}{ANCHOR}'
         raise CheckpointError(
             f'{path!r} holds no vHeat backbone: none of the {len(state)} keys in its entry {entry!r} '
             f'{"is" if prefix else "ends in"} {wanted!r}; the first are {list(state)[:3]}'
         )
     weights = Weights(path=path, entry=entry, prefix=prefixes[0])
+    wrapper = re.sub(r'(?<![^.])(backbone\.)?(_orig_mod\.)?$', '', weights.prefix)
     for key, value in state.items():
         inner = key.removeprefix(weights.prefix)
         if weights.prefix and inner == key:
-            weights.head[key] = value
+            weights.head[key.removeprefix(wrapper)] = value
         elif inner.startswith(_HEAD_OF_CLASSIFIER[0]):
             weights.head[inner.replace(*_HEAD_OF_CLASSIFIER, 1)] = value
         else:
             weights.backbone[inner.replace(*_OUT_NORM_OF_CLASSIFIER, 1)] = value
+    for key, value in weights.backbone.items():
+        if re.match(r'freq_embed\.\d$', key) and value.ndim != 3:
+            raise CheckpointError(f'{path!r} is damaged: {key} has shape {tuple(value.shape)} instead of (H, W, C)')
     return weights
 
 
 def to_mmengine(checkpoint: dict[str, Any], path: str = 'checkpoint') -> StateDict:
     """State dict of any supported checkpoint in MMEngine's spelling; MMEngine's own passes through unchanged."""
     state = checkpoint.get('state_dict')
-    if isinstance(state, dict) and any(key.endswith(f'backbone.{_ANCHOR}') for key in state):
+    if isinstance(state, dict) and any(key.endswith(f'backbone.{ANCHOR}') for key in state):
         return state
     return find_weights(checkpoint, path).to_mmengine()
 
@@ -162,11 +167,13 @@ def save_atomically(checkpoint: dict[str, Any], path: str | os.PathLike) -> None
         path: Target; its folder must exist.
 
     Raises:
-        CheckpointError: No such folder, no permission, disk full. The partial file is removed.
+        CheckpointError: No such folder, no permission, disk full, a device in the place. The partial file is removed.
     """
     target = Path(path).expanduser()
     if not target.parent.is_dir():
         raise CheckpointError(f'cannot write {str(target)!r}: there is no folder {str(target.parent)!r}')
+    if target.exists() and not target.is_file():
+        raise CheckpointError(f'cannot write {str(target)!r}: it is a folder or a device; name a file')
     try:
         with atomic_file(target) as file:
             if target.suffix == '.safetensors':
@@ -175,6 +182,8 @@ def save_atomically(checkpoint: dict[str, Any], path: str | os.PathLike) -> None
                 file.write(save({key: value.contiguous() for key, value in checkpoint.items()}))
             else:
                 torch.save(checkpoint, file)
+    except ModuleNotFoundError as error:
+        raise CheckpointError(f'writing {str(target)!r} needs safetensors: pip install safetensors') from error
     except (OSError, RuntimeError) as error:  # PyTorch's zip writer turns a full disk into a RuntimeError
         raise CheckpointError(
             f'could not write {str(target)!r} ({_first_line(error)}); what was there is untouched. '
@@ -209,16 +218,17 @@ def freq_embed_grids(backbone: StateDict) -> list[tuple[int, int]]:
 
 
 def _select_entry(checkpoint: dict[str, Any], path: str, ema: bool) -> tuple[str, StateDict]:
-    has = [k for k in ('model_ema', 'state_dict_ema', 'model', 'state_dict') if isinstance(checkpoint.get(k), dict)]
-    if ema and not (has and has[0].endswith('ema')) and 'ema_state_dict' not in checkpoint:
+    plain = [name for name in ('model', 'state_dict') if isinstance(checkpoint.get(name), dict)]
+    averaged = [name for name in ('model_ema', 'state_dict_ema') if isinstance(checkpoint.get(name), dict)]
+    if 'ema_state_dict' in checkpoint and 'state_dict' in plain:
+        averaged.append('state_dict')  # MMEngine's EMAHook saves the average there, the raw weights as ema_state_dict
+    if ema and not averaged:
         raise CheckpointError(
             f'{path!r} holds no moving average of the weights; its entries are {some_of(list(checkpoint))}. Drop ema.'
         )
-    names = has if ema else [name for name in has if not name.endswith('ema')]
-    if ema and 'ema_state_dict' in checkpoint and not has[0].endswith('ema'):
-        names = ['state_dict']  # MMEngine's EMAHook saves the average there, and the raw weights as ema_state_dict
-    if has and not names:
-        raise CheckpointError(f'{path!r} holds a moving average only ({has[0]!r}): ask for it with ema=True')
+    if averaged and not ema and not plain:
+        raise CheckpointError(f'{path!r} holds a moving average only ({averaged[0]!r}): ask for it with ema=True')
+    names = averaged if ema else plain
     entry, state = (names[0], checkpoint[names[0]]) if names else ('file', checkpoint)
     return entry, {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
@@ -236,7 +246,9 @@ def _read_safetensors(file: Path) -> StateDict:
 
 def _download(url: str) -> Path:
     target = Path(torch.hub.get_dir()) / 'checkpoints' / url.split('?')[0].rsplit('/', 1)[-1]
-    if get_dist_info()[0] == 0 and not target.exists():
+    # The first process of each machine: the cache is a folder of the machine's own, and torchrun numbers them.
+    rank = int(os.environ.get('LOCAL_RANK', get_dist_info()[0]))
+    if rank == 0 and not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(target))

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class _Entry(NamedTuple):
+    state: tuple
+    held: list[torch.UntypedStorage]
+    tensors: list[Tensor]
 
 
 class DecayCache:
@@ -14,8 +21,9 @@ class DecayCache:
 
     An entry is returned only while every weight it was computed from is the very same tensor, unmodified: optimizer
     steps, ``load_state_dict``, ``.to()`` and in-place edits all show in a tensor's address, type, device or version
-    counter. Writes through ``.data`` show in none of these; models that are edited so (MMEngine swaps EMA weights
-    that way) are covered by :meth:`clear`, which :class:`~vheat_mm.VHeat` calls at every ``train()`` / ``eval()``.
+    counter. (An entry holds on to the memory it was computed from, lest another tensor come to lie at that address.)
+    Writes through ``.data`` show in none of these; models that are edited so (MMEngine swaps EMA weights that way) are
+    covered by :meth:`clear`, which :class:`~vheat_mm.VHeat` calls at every ``train()`` / ``eval()``.
 
     Args:
         max_bytes: Bound of the sum of all entries; an entry that is larger on its own is never stored.
@@ -24,7 +32,7 @@ class DecayCache:
     def __init__(self, max_bytes: int = 512 * 2**20) -> None:
         self.max_bytes = max_bytes
         self.builds = 0  # entries computed since creation
-        self._entries: OrderedDict[Hashable, tuple[tuple, list[Tensor]]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 
     def get(self, key: Hashable, sources: Sequence[Tensor], build: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Return the entry for ``key``, building it anew if it is absent or a source has changed."""
@@ -32,9 +40,9 @@ class DecayCache:
             return build()  # such tensors keep no version: changes would go unseen
         state = tuple((s.data_ptr(), s._version, s.dtype, s.device) for s in sources)
         entry = self._entries.get(key)
-        if entry is not None and entry[0] == state:
+        if entry is not None and entry.state == state:
             self._entries.move_to_end(key)
-            return entry[1]
+            return entry.tensors
         # Entries outlive the mode they are built in: tensors of inference mode could not be used under autograd.
         with torch.inference_mode(False), torch.no_grad():
             tensors = build()
@@ -42,7 +50,7 @@ class DecayCache:
         # A CUDA graph under capture owns its memory and may reuse it at the next replay.
         if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             self._entries.pop(key, None)
-            self._entries[key] = (state, tensors)
+            self._entries[key] = _Entry(state, [s.untyped_storage() for s in sources], tensors)
             while self.nbytes > self.max_bytes:
                 self._entries.popitem(last=False)
         return tensors
@@ -50,7 +58,7 @@ class DecayCache:
     @property
     def nbytes(self) -> int:
         """Bytes held by all entries."""
-        return sum(t.numel() * t.element_size() for _, ts in self._entries.values() for t in ts)
+        return sum(t.numel() * t.element_size() for entry in self._entries.values() for t in entry.tensors)
 
     def clear(self) -> None:
         """Drop every entry."""

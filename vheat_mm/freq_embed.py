@@ -25,7 +25,7 @@ NUM_STAGES = 4
 
 def to_pair(size: int | Sequence[int], name: str) -> tuple[int, int]:
     """Read ``size`` or ``(height, width)`` in pixels; ``name`` is the argument named in errors."""
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = tuple(size) if isinstance(size, Sequence) else (size, size)
     if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in pair):
         raise ValueError(f'{name} must be an int or a pair (height, width) of ints, got {size!r}')
     if min(pair) < 32:

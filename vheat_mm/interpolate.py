@@ -80,15 +80,32 @@ def resize_checkpoint(
         )
     if old != grid_sizes(source_size)[: len(old)]:
         grids = ', '.join(f'{h}x{w}' for h, w in old)
+        height, width = 4 * old[0][0], 4 * old[0][1]
+        if old != grid_sizes((height, width))[: len(old)]:
+            raise CheckpointError(
+                f'the grids in {path!r} are {grids}, which no image size gives (each stage halves the one before, '
+                "rounded up): load the file itself, init_cfg=dict(type='Pretrained', ...) resizes any grid"
+            )
         raise CheckpointError(
-            f'the grids in {path!r} are {grids}, as of images of {old[0][0] * 4}x{old[0][1] * 4} pixels, not of '
-            f'--pt_size {source_size[0]}x{source_size[1]}: pass --pt_size {old[0][0] * 4} {old[0][1] * 4}'
+            f'the grids in {path!r} are {grids}, as of images of {height}x{width} pixels, not of '
+            f'--pt_size {source_size[0]}x{source_size[1]}: pass --pt_size {height} {width}'
         )
     new = grid_sizes(target_size)[: len(old)]
     for i, grid in enumerate(new):
         key = f'freq_embed.{i}'
         weights.backbone[key] = resize_freq_embed(weights.backbone[key], grid, mode)
     return Resized(weights, list(zip(old, new, strict=True)))
+
+
+def check_target(source: str, target: str) -> None:
+    """Refuse to write over the input, under whatever name or link.
+
+    Raises:
+        CheckpointError: The target is the input.
+    """
+    given, wanted = Path(source).expanduser(), Path(target).expanduser()
+    if wanted.exists() and given.exists() and given.samefile(wanted):
+        raise CheckpointError(f'{target!r} is the input itself: choose another --tg_pth, the input is never written')
 
 
 def write_resized(resized: Resized, target: str) -> None:
@@ -100,9 +117,7 @@ def write_resized(resized: Resized, target: str) -> None:
     Raises:
         CheckpointError: The target is the input; it cannot be written.
     """
-    source = Path(resized.weights.path).expanduser()
-    if Path(target).exists() and source.exists() and source.samefile(target):
-        raise CheckpointError(f'{target!r} is the input itself: choose another --tg_pth, the input is never written')
+    check_target(resized.weights.path, target)
     if Path(target).suffix == '.safetensors':
         save_atomically(resized.released_keys(), target)
     else:

@@ -10,7 +10,7 @@ import torch
 from mmengine.logging import print_log
 
 from .arch import ARCHS
-from .checkpoint import CheckpointError, StateDict, Weights, find_weights, read_checkpoint, some_of
+from .checkpoint import ANCHOR, CheckpointError, StateDict, Weights, find_weights, read_checkpoint, some_of
 from .freq_embed import NUM_STAGES, resize_freq_embed
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def load_pretrained(
     path = os.fspath(checkpoint)
     weights = find_weights(read_checkpoint(path), path, prefix, ema)
     own = model.state_dict()
-    check_variant(model, weights, own)
+    _check_variant(model, weights)
 
     state, resized, left_over = {}, [], []
     for key, value in weights.backbone.items():
@@ -97,8 +97,9 @@ def describe_weights(backbone: StateDict) -> dict[str, Any]:
         if found := re.match(r'layers\.(\d)\.(\d+)\.op\.dwconv\.weight$', key):
             stage, block = int(found.group(1)), int(found.group(2))
             depths[stage] = max(depths.get(stage, 0), block + 1)
+    stem = backbone.get('patch_embed.conv2.weight')  # missing from a damaged file, which the caller reports by key
     traits: dict[str, Any] = dict(
-        embed_dims=backbone['patch_embed.conv2.weight'].shape[0],
+        embed_dims=2 * backbone[ANCHOR].shape[0] if stem is None else stem.shape[0],
         depths=tuple(depths[i] for i in sorted(depths)),
         layer_scale='layers.0.0.gamma1' in backbone,
         deployed='layers.0.0.op.k_exp' in backbone,
@@ -113,7 +114,7 @@ def _traits(arch: dict[str, Any]) -> tuple:
     return arch['embed_dims'], tuple(arch['depths']), arch['layer_scale'] is not None
 
 
-def check_variant(model: VHeat, weights: Weights, own: StateDict) -> None:
+def _check_variant(model: VHeat, weights: Weights) -> None:
     found = describe_weights(weights.backbone)
     if found['deployed'] != (model.freq_embed is None):
         remedy = (
