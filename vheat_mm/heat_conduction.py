@@ -21,6 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kernels import step
+from .positionwise import linear, norm_gate, split_linear
+
 _BASES: OrderedDict[tuple, Tensor] = OrderedDict()
 _MAX_BASES = 256  # a matrix per side length seen: 800x1333 detection needs about 60
 
@@ -60,10 +63,18 @@ class HeatConduction2d(nn.Module):
         Returns:
             Map (B, H, W, C).
         """
+        return self.project(*self.conduct(x, decay))
+
+    def conduct(self, x: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+        """Everything that mixes positions: map (B, H, W, C) -> gate and temperature, (B, H, W, C) each."""
         x = conv2d_channels_last(self.dwconv, x)
-        x, gate = self.linear(x).chunk(2, dim=-1)  # 2 x (B, H, W, C)
-        x = heat_conduction(x, decay)
-        return self.out_linear(self.out_norm(x) * F.silu(gate))
+        signal, gate = split_linear(x, self.linear.weight, self.linear.bias)
+        return gate, heat_conduction(signal, decay)
+
+    def project(self, gate: Tensor, heat: Tensor) -> Tensor:
+        """The rest: norm, gate and projection of each position, 2 x (..., C) -> (..., C)."""
+        norm, out = self.out_norm, self.out_linear
+        return linear(norm_gate(heat, gate, norm.weight, norm.bias, norm.eps), out.weight, out.bias)
 
     def switch_to_deploy(self, freq_embed: Tensor) -> None:
         """Replace ``to_k`` by the constant decay ``k_exp`` (H, W, C), as the release's re-parameterisation does."""
@@ -72,6 +83,7 @@ class HeatConduction2d(nn.Module):
         del self.to_k
 
 
+@step
 def heat_conduction(x: Tensor, decay: Tensor) -> Tensor:
     """Let heat flow for unit time: IDCT2(decay * DCT2(x)), O(N^1.5 C) for N = H W positions.
 

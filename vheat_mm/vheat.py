@@ -24,6 +24,7 @@ from .arch import read_arch, read_out_indices
 from .decay_cache import DecayCache
 from .freq_embed import NUM_STAGES, grid_sizes, resize_freq_embed, to_pair
 from .heat_conduction import HeatConduction2d, conv2d_channels_last
+from .positionwise import by_position, linear, mlp
 from .pretrained import load_pretrained, resize_loaded_freq_embeds
 
 
@@ -34,7 +35,7 @@ class PointwiseConv(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class Mlp(nn.Module):
@@ -46,7 +47,7 @@ class Mlp(nn.Module):
         self.fc2 = PointwiseConv(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class DropPath(nn.Module):
@@ -126,10 +127,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, decay: Tensor) -> Tensor:
         """Map (B, H, W, C) and this block's decay (H, W, C) -> map (B, H, W, C)."""
+        gate, heat = self.op.conduct(x if self.post_norm else self.norm1(x), decay)
+        if self.training:  # stochastic depth must see whole samples
+            return self._finish(x, gate, heat)
+        return by_position(self._finish, x, gate, heat)
+
+    def _finish(self, x: Tensor, gate: Tensor, heat: Tensor) -> Tensor:
+        """All that looks at one position at a time: 3 x (..., C) -> (..., C)."""
         if self.post_norm:
-            x = self._add(x, self.norm1(self.op(x, decay)), self.gamma1)
+            x = self._add(x, self.norm1(self.op.project(gate, heat)), self.gamma1)
             return self._add(x, self.norm2(self.mlp(x)), self.gamma2)
-        x = self._add(x, self.op(self.norm1(x), decay), self.gamma1)
+        x = self._add(x, self.op.project(gate, heat), self.gamma1)
         return self._add(x, self.mlp(self.norm2(x)), self.gamma2)
 
     def _add(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> Tensor:

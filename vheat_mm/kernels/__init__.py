@@ -1,0 +1,94 @@
+"""Fast forms of the network's steps, and the one place that chooses between them and the reference form.
+
+A step is a function written down as plain mathematics (``vheat_mm/heat_conduction.py``, ``vheat_mm/vheat.py``) and
+decorated with :func:`step`. A fast form is a function of the same name and signature in a module of this package.
+
+The environment variable ``VHEAT_KERNELS``, read at import, says which form runs:
+
+======================  ================================================================================================
+``fast`` (default)      fast forms in plain PyTorch where they apply, the reference form elsewhere
+``reference``           the reference form everywhere
+``triton``              Triton kernels where they apply, ``fast`` elsewhere
+======================  ================================================================================================
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+FORMS = ('fast', 'reference', 'triton')
+VARIABLE = 'VHEAT_KERNELS'
+
+# form -> step -> module of this package that holds the function of the step's name
+_MODULES: dict[str, dict[str, str]] = {
+    'fast': dict(
+        heat_conduction='spectral',
+        by_position='positionwise',
+        linear='positionwise',
+        split_linear='positionwise',
+        mlp='positionwise',
+    ),
+    'triton': {},
+}
+
+_Step = TypeVar('_Step', bound=Callable[..., Any])
+
+
+def check_form(form: str, where: str) -> str:
+    """Return ``form`` or raise a ValueError that names ``where`` it came from."""
+    if form not in FORMS:
+        raise ValueError(f'{where} must be one of {", ".join(FORMS)}, got {form!r}')
+    return form
+
+
+_form = check_form(os.environ.get(VARIABLE) or FORMS[0], f'environment variable {VARIABLE}')
+
+
+def form() -> str:
+    """Form in use: ``'fast'``, ``'reference'`` or ``'triton'``."""
+    return _form
+
+
+@contextmanager
+def use(form: str) -> Iterator[None]:
+    """Run a block of code with another form than ``VHEAT_KERNELS`` says; for tests and measurements.
+
+    Raises:
+        ValueError: Unknown form.
+    """
+    global _form
+    before, _form = _form, check_form(form, 'form')
+    try:
+        yield
+    finally:
+        _form = before
+
+
+def step(reference: _Step) -> _Step:
+    """Make a step of its reference form; the decorated function runs the form in use.
+
+    A module of fast forms has, beside each form, ``takes_<step>`` of the same signature, which says whether the form
+    applies to these inputs; the reference form runs where it does not.
+    """
+    name = reference.__name__
+
+    @functools.wraps(reference)
+    def dispatched(*args: Any) -> Any:
+        for candidate in () if _form == 'reference' else ('triton', 'fast') if _form == 'triton' else ('fast',):
+            module = _load(candidate, name)
+            if module is not None and getattr(module, f'takes_{name}')(*args):
+                return getattr(module, name)(*args)
+        return reference(*args)
+
+    return dispatched  # type: ignore[return-value]
+
+
+@functools.cache
+def _load(form: str, name: str) -> Any:
+    module = _MODULES[form].get(name)
+    return None if module is None else importlib.import_module(f'{__name__}.{module}')
