@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import step
-from .positionwise import linear, norm_gate, split_linear
+from .positionwise import by_position, linear, norm_gate, split_linear
 
 _BASES: OrderedDict[tuple, Tensor] = OrderedDict()
 _MAX_BASES = 256  # a matrix per side length seen: 800x1333 detection needs about 60
@@ -63,18 +63,15 @@ class HeatConduction2d(nn.Module):
         Returns:
             Map (B, H, W, C).
         """
-        return self.project(*self.conduct(x, decay))
+        out = self.out_linear
+        return linear(self.mix(x, decay), out.weight, out.bias)
 
-    def conduct(self, x: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
-        """Everything that mixes positions: map (B, H, W, C) -> gate and temperature, (B, H, W, C) each."""
+    def mix(self, x: Tensor, decay: Tensor) -> Tensor:
+        """The operator without its projection: everything that mixes positions, (B, H, W, C) -> (B, H, W, C)."""
         x = conv2d_channels_last(self.dwconv, x)
         signal, gate = split_linear(x, self.linear.weight, self.linear.bias)
-        return gate, heat_conduction(signal, decay)
-
-    def project(self, gate: Tensor, heat: Tensor) -> Tensor:
-        """The rest: norm, gate and projection of each position, 2 x (..., C) -> (..., C)."""
-        norm, out = self.out_norm, self.out_linear
-        return linear(norm_gate(heat, gate, norm.weight, norm.bias, norm.eps), out.weight, out.bias)
+        norm = self.out_norm
+        return heat_norm_gate(signal, gate, decay, norm.weight, norm.bias, norm.eps)
 
     def switch_to_deploy(self, freq_embed: Tensor) -> None:
         """Replace ``to_k`` by the constant decay ``k_exp`` (H, W, C), as the release's re-parameterisation does."""
@@ -105,6 +102,17 @@ def heat_conduction(x: Tensor, decay: Tensor) -> Tensor:
     return x.view(b, h, w, c)
 
 
+@step
+def heat_norm_gate(x: Tensor, gate: Tensor, decay: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """``LayerNorm(heat_conduction(x, decay)) * SiLU(gate)``: 2 x (B, H, W, C), (H, W, C) -> (B, H, W, C)."""
+    return by_position(
+        lambda gate, heat: norm_gate(heat, gate, weight, bias, eps),
+        gate,
+        heat_conduction(x, decay),
+    )
+
+
+@step
 def decay_map(freq_embed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``exp(-w ReLU(freq_embed @ weight^T + bias))``, (H, W, C) -> (H, W, C), in float32 or float64."""
     dtype = torch.promote_types(freq_embed.dtype, torch.float32)
@@ -135,16 +143,17 @@ def dct_matrix(n: int, dtype: torch.dtype = torch.float32, device: torch.device 
 
 def _transform_pair(n: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """DCT of length n and its inverse, in the type and on the device of ``like``."""
-    basis = _basis(n, like)
+    matrix = basis(n, like)
     if like.dtype is not torch.float16:
-        return basis, basis.mT
+        return matrix, matrix.mT
     # A constant 320 x 320 map has a DC coefficient 320 times its value, which overflows float16. Both matrices are
     # scaled by a power of two near sqrt(n): exact, and every coefficient stays within twice the map's maximum.
     scale = 2.0 ** math.ceil(math.log2(n) / 2)
-    return basis / scale, basis.mT * scale
+    return matrix / scale, matrix.mT * scale
 
 
-def _basis(n: int, like: Tensor) -> Tensor:
+def basis(n: int, like: Tensor) -> Tensor:
+    """:func:`dct_matrix` in the type and on the device of ``like``, computed once."""
     # Tracers and tensor subclasses (fake tensors) must see the construction, not somebody else's tensor.
     if torch.compiler.is_compiling() or type(like) not in (Tensor, nn.Parameter):
         return dct_matrix(n, like.dtype, like.device)

@@ -41,6 +41,22 @@ def norm_gate(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float)
 
 
 @step
+def add_norm(
+    x: Tensor, branch: Tensor, gamma: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Residual sum ``s = x + gamma * branch`` and ``LayerNorm(s)``: 2 x (..., C) -> 2 x (..., C)."""
+    x = x + (branch if gamma is None else gamma * branch)
+    return x, F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+@step
+def norm_add(x: Tensor, branch: Tensor, gamma: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Residual sum ``x + gamma * LayerNorm(branch)``: 2 x (..., C) -> (..., C)."""
+    branch = F.layer_norm(branch, weight.shape, weight, bias, eps)
+    return x + (branch if gamma is None else gamma * branch)
+
+
+@step
 def by_position(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     """``function(*maps)`` for a function that treats every position of its maps alike: (..., C) -> (..., C).
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
@@ -23,75 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from .arch import read_arch, read_out_indices
 from .decay_cache import DecayCache
 from .freq_embed import NUM_STAGES, grid_sizes, resize_freq_embed, to_pair
-from .heat_conduction import HeatConduction2d, conv2d_channels_last
-from .positionwise import by_position, linear, mlp
+from .heat_conduction import HeatConduction2d
+from .kernels import forget_prepared, load_compiled
+from .layers import Downsample, DropPath, Mlp, Stem
+from .positionwise import add_norm, by_position, linear, norm_add
 from .pretrained import load_pretrained, resize_loaded_freq_embeds
-
-
-class PointwiseConv(nn.Conv2d):
-    """1x1 convolution of a (B, H, W, C) map, computed as the matrix product it is; weights stay 4-D as released."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-class Mlp(nn.Module):
-    """Two pointwise convolutions around an exact GELU, (B, H, W, C) -> (B, H, W, C)."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = PointwiseConv(dim, hidden_dim)
-        self.fc2 = PointwiseConv(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): drops a residual branch per sample, rescales the kept ones."""
-
-    def __init__(self, drop_prob: float) -> None:
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.drop_prob == 0.0:
-            return x
-        keep = 1.0 - self.drop_prob
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-        return x * (mask / keep)
-
-    def extra_repr(self) -> str:
-        return f'drop_prob={self.drop_prob:.3f}'
-
-
-class Stem(nn.Module):
-    """Image (B, H, W, in_channels) -> map (B, H/4, W/4, C), sides rounded up."""
-
-    def __init__(self, in_channels: int, dim: int) -> None:
-        super().__init__()
-        # The release permutes around each norm inside a sequential, hence the keys ``norm1.1`` and ``norm2.1``.
-        self.conv1 = nn.Conv2d(in_channels, dim // 2, 3, stride=2, padding=1)
-        self.norm1 = nn.Sequential(nn.Identity(), nn.LayerNorm(dim // 2, eps=1e-6))
-        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1)
-        self.norm2 = nn.Sequential(nn.Identity(), nn.LayerNorm(dim, eps=1e-6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.norm1(conv2d_channels_last(self.conv1, x)))
-        return self.norm2(conv2d_channels_last(self.conv2, x))
-
-
-class Downsample(nn.Sequential):
-    """Map (B, H, W, C) -> (B, H/2, W/2, 2C), sides rounded up."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False), nn.LayerNorm(2 * dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self[1](conv2d_channels_last(cast(nn.Conv2d, self[0]), x))
 
 
 class Block(nn.Module):
@@ -127,18 +62,23 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, decay: Tensor) -> Tensor:
         """Map (B, H, W, C) and this block's decay (H, W, C) -> map (B, H, W, C)."""
-        gate, heat = self.op.conduct(x if self.post_norm else self.norm1(x), decay)
+        mixed = self.op.mix(x if self.post_norm else self.norm1(x), decay)
         if self.training:  # stochastic depth must see whole samples
-            return self._finish(x, gate, heat)
-        return by_position(self._finish, x, gate, heat)
+            return self._finish(x, mixed)
+        return by_position(self._finish, x, mixed)
 
-    def _finish(self, x: Tensor, gate: Tensor, heat: Tensor) -> Tensor:
-        """All that looks at one position at a time: 3 x (..., C) -> (..., C)."""
-        if self.post_norm:
-            x = self._add(x, self.norm1(self.op.project(gate, heat)), self.gamma1)
-            return self._add(x, self.norm2(self.mlp(x)), self.gamma2)
-        x = self._add(x, self.op.project(gate, heat), self.gamma1)
-        return self._add(x, self.mlp(self.norm2(x)), self.gamma2)
+    def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """All that looks at one position at a time: 2 x (..., C) -> (..., C)."""
+        out, norm1, norm2 = self.op.out_linear, self.norm1, self.norm2
+        branch = linear(mixed, out.weight, out.bias)
+        if not self.post_norm:
+            x, normed = add_norm(x, self.drop_path(branch), self.gamma1, norm2.weight, norm2.bias, norm2.eps)
+            return self._add(x, self.mlp(normed), self.gamma2)
+        if self.training and self.drop_path.drop_prob:
+            x = self._add(x, norm1(branch), self.gamma1)
+            return self._add(x, norm2(self.mlp(x)), self.gamma2)
+        x = norm_add(x, branch, self.gamma1, norm1.weight, norm1.bias, norm1.eps)
+        return norm_add(x, self.mlp(x), self.gamma2, norm2.weight, norm2.bias, norm2.eps)
 
     def _add(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> Tensor:
         return x + self.drop_path(branch if gamma is None else gamma * branch)
@@ -175,7 +115,7 @@ class Stage(nn.ModuleList):
             sources = self._decay_sources(freq_embed)
             decays = cache.get((id(self), size), sources, lambda: self.decays(freq_embed, size))
         else:
-            embed = resize_freq_embed(freq_embed, size, mode='bicubic')
+            embed = resize_freq_embed(freq_embed, size, mode='bicubic').contiguous()  # read by every block
         for index, block in enumerate(self.blocks):
             decay = None if decays is None else decays[index]
             if self.with_cp and torch.is_grad_enabled():
@@ -293,6 +233,7 @@ class VHeat(BaseModule):
             self.add_module(f'outnorm{i}', nn.LayerNorm(self.num_features[i]))
 
         self.decay_cache = DecayCache()
+        load_compiled()
         self._initialize()
         self._register_load_state_dict_pre_hook(resize_loaded_freq_embeds, with_module=True)
         for module in self._frozen_modules():
@@ -378,16 +319,20 @@ class VHeat(BaseModule):
         return num_layers - 1, num_layers
 
     def train(self, mode: bool = True) -> VHeat:
-        """Set training mode; frozen parts stay in evaluation mode. Drops cached decay maps."""
+        """Set training mode; frozen parts stay in evaluation mode. Drops all that was derived from weights."""
         super().train(mode)
         for module in self._frozen_modules():
             module.eval()
-        self.decay_cache.clear()
+        self._drop_derived()
         return self
 
     def _apply(self, fn, recurse: bool = True):
-        self.decay_cache.clear()
+        self._drop_derived()
         return super()._apply(fn, recurse)
+
+    def _drop_derived(self) -> None:
+        self.decay_cache.clear()
+        forget_prepared(self.parameters())
 
     def _initialize(self) -> None:
         """Linear layers and FVEs truncated normal (0.02); norms 1 and 0; convolutions PyTorch's default."""

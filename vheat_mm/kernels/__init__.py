@@ -17,9 +17,12 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 FORMS = ('fast', 'reference', 'triton')
 VARIABLE = 'VHEAT_KERNELS'
@@ -27,14 +30,20 @@ VARIABLE = 'VHEAT_KERNELS'
 # form -> step -> module of this package that holds the function of the step's name
 _MODULES: dict[str, dict[str, str]] = {
     'fast': dict(
+        embed_patches='stem',
         heat_conduction='spectral',
+        decay_map='spectral',
         by_position='positionwise',
         linear='positionwise',
         split_linear='positionwise',
         mlp='positionwise',
+        norm_gate='positionwise',
     ),
-    'triton': {},
+    'compiled': dict.fromkeys(('heat_conduction', 'linear', 'split_linear', 'mlp'), 'compiled'),
+    'triton': dict.fromkeys(('heat_conduction', 'heat_norm_gate', 'add_norm', 'norm_add', 'decay_map'), 'triton'),
 }
+
+_LOADED: dict[str | None, Any] = {}
 
 _Step = TypeVar('_Step', bound=Callable[..., Any])
 
@@ -79,7 +88,7 @@ def step(reference: _Step) -> _Step:
 
     @functools.wraps(reference)
     def dispatched(*args: Any) -> Any:
-        for candidate in () if _form == 'reference' else ('triton', 'fast') if _form == 'triton' else ('fast',):
+        for candidate in _candidates():
             module = _load(candidate, name)
             if module is not None and getattr(module, f'takes_{name}')(*args):
                 return getattr(module, name)(*args)
@@ -88,7 +97,34 @@ def step(reference: _Step) -> _Step:
     return dispatched  # type: ignore[return-value]
 
 
-@functools.cache
+def _candidates() -> tuple[str, ...]:
+    if _form == 'reference':
+        return ()
+    if torch.compiler.is_compiling():
+        return ('compiled',)  # the compiler fuses what it sees; fast forms are for what it does worse
+    return ('triton', 'fast') if _form == 'triton' else ('fast',)
+
+
 def _load(form: str, name: str) -> Any:
     module = _MODULES[form].get(name)
-    return None if module is None else importlib.import_module(f'{__name__}.{module}')
+    if module is not None and module not in _LOADED and not torch.compiler.is_compiling():
+        try:
+            _LOADED[module] = importlib.import_module(f'{__name__}.{module}')
+        except ModuleNotFoundError as error:
+            if error.name != 'triton':
+                raise
+            raise ModuleNotFoundError(f'{VARIABLE}=triton needs the package triton: pip install triton') from error
+    return _LOADED.get(module)
+
+
+def load_compiled() -> None:
+    """Import what compiled graphs use; an import cannot happen while a graph is being traced."""
+    for name in _MODULES['compiled']:
+        _load('compiled', name)
+
+
+def forget_prepared(weights: Iterable[Tensor]) -> None:
+    """Drop the layouts that fast forms keep of these weights."""
+    from . import onednn
+
+    onednn.forget(weights)

@@ -7,6 +7,7 @@ of its own, which are used here; they know no gradients. The public way with gra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_TYPES = (torch.float32, torch.bfloat16)
+# Positions are worked off in groups whose map takes this many bytes: what an MLP makes of them (four times as much)
+# stays in the cache, and no allocation is so large that it comes as fresh pages, which cost more than the arithmetic.
+GROUP_BYTES = 3 << 19
+
+TYPES = (torch.float32, torch.bfloat16)
 _PACK_ROWS = 4096  # the number of rows that weights are laid out for; others work too
 
 # weight -> what it was prepared from and the result, by (type, number of parts)
@@ -28,9 +33,9 @@ def applies(x: Tensor) -> bool:
     """
     return (
         x.device.type == 'cpu'
-        and x.dtype in _TYPES
+        and x.dtype in TYPES
         and x.numel() > 0
-        and compute_type(x) in _TYPES
+        and compute_type(x) in TYPES
         and torch._C._get_mkldnn_enabled()
         and hasattr(torch.ops.mkldnn, '_linear_pointwise')
         and not watched(x)
@@ -54,6 +59,49 @@ def compute_type(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd is recording any of the tensors."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def group_rows(x: Tensor) -> int:
+    """Rows of a map (..., C) to work off at a time: on the CPU :data:`GROUP_BYTES` at most, elsewhere all."""
+    width = x.shape[-1]
+    rows = max(1, x.numel() // width)
+    if x.device.type != 'cpu' or rows * width * x.element_size() <= GROUP_BYTES:
+        return rows
+    # multiples of 64 rows: what oneDNN's kernels of gradients like best
+    return max(64, GROUP_BYTES // (width * x.element_size()) // 64 * 64)
+
+
+def split_rows(*maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows (M, C) of maps (..., C), a group at a time."""
+    size = group_rows(maps[0])
+    return zip(*(m.reshape(-1, m.shape[-1]).split(size) for m in maps), strict=True)
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight^T + bias`` without gradients on any device: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
+    if x.dtype is torch.float32 and applies(x):
+        return product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return F.linear(x, weight, bias)
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias of ``x @ weight^T + bias``: grad (M, N), x (M, K) -> (N, K), (N,) in float32."""
+    (m, n), k = grad.shape, x.shape[1]
+    if not (grad.dtype is torch.float32 and applies(grad)):
+        return (grad.mT @ x).float(), grad.sum(0, dtype=torch.float32)
+    # Of a 1x1 convolution: oneDNN's product reads its second operand by columns, which is slow when both are tall.
+    side = next(s for s in (64, 32, 16, 8, 4, 2, 1) if m % s == 0)
+    as_map = [t.reshape(1, m // side, side, -1).permute(0, 3, 1, 2) for t in (grad, x)]
+    weight = grad.new_empty(n, k, 1, 1)
+    _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        *as_map, weight, [n], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, True]
+    )
+    return grad_weight.view(n, k), grad_bias
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, post: str = 'none') -> Tensor:
     """``post(x @ weight^T + bias)`` without gradients: x (M, K), weight (N, K), bias (N,) -> (M, N), all of one type.
 
@@ -63,12 +111,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, post: str = '
         bias: Plain.
         post: ``'none'`` or ``'gelu'`` (exact).
     """
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, post, [], 'none')
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, post, [], 'none' if post == 'gelu' else '')
 
 
-def differentiable_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight^T + bias`` with gradients: x (B, H, W, K), weight (N, K), bias (N,) -> (B, H, W, N)."""
-    return F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+def differentiable(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight^T + bias`` with gradients, on any device: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
+    if x.ndim == 4 and compute_type(x) is torch.float32 and applies(x):
+        return F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+    return F.linear(x, weight, bias)
 
 
 def prepared(weight: Tensor, dtype: torch.dtype, parts: int = 1) -> list[Tensor]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import onednn
-
-# Positions are worked off in groups whose map takes this many bytes: what an MLP makes of them (four times as much)
-# stays in the cache, and no allocation is so large that it comes as fresh pages, which cost more than the arithmetic.
-GROUP_BYTES = 3 << 19
+from .autograd import once
 
 
 def takes_by_position(function: Callable[..., Tensor], *maps: Tensor) -> bool:
@@ -21,67 +19,150 @@ def takes_by_position(function: Callable[..., Tensor], *maps: Tensor) -> bool:
         not torch.is_grad_enabled()
         and first.device.type == 'cpu'
         and not onednn.watched(first)
-        and first.numel() * first.element_size() > GROUP_BYTES
+        and first.numel() // max(1, first.shape[-1]) > onednn.group_rows(first)
         and all(m.is_contiguous() and m.shape == first.shape for m in maps)
     )
 
 
 def by_position(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
-    width = maps[0].shape[-1]
-    rows = [m.view(-1, width) for m in maps]
-    groups = -(-maps[0].numel() * maps[0].element_size() // GROUP_BYTES)
-    out = rows[-1]
-    for group in zip(*(r.tensor_split(groups) for r in rows), strict=True):
-        group[-1].copy_(function(*group))
-    return out.view(maps[-1].shape)
+    for group in onednn.split_rows(*maps):
+        group[-1].copy_(function(*group))  # the rows of a contiguous map are its own memory
+    return maps[-1]
 
 
 def takes_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if not onednn.applies(x):
         return False
-    if _needs_gradient(x, weight):
+    if onednn.needs_gradient(x, weight):
         # MKL's bfloat16 products are oneDNN's already
         return x.ndim == 4 and onednn.compute_type(x) is torch.float32
     return isinstance(weight, nn.Parameter) and not weight.is_inference()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if _needs_gradient(x, weight):
-        return onednn.differentiable_product(x, weight.flatten(1), bias)
+    if onednn.needs_gradient(x, weight):
+        return onednn.differentiable(x, weight.flatten(1), bias)
     dtype = onednn.compute_type(x)
     out = onednn.product(_rows(x, dtype), onednn.prepared(weight, dtype)[0], None if bias is None else bias.to(dtype))
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def takes_split_linear(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    return onednn.applies(x) and not _needs_gradient(x, weight) and takes_linear(x, weight, bias)
+    return takes_linear(x, weight, bias) or (onednn.needs_gradient(x, weight) and not onednn.watched(x))
 
 
 def split_linear(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    if onednn.needs_gradient(x, weight):
+        # Two products, so that the half which nothing keeps for backward can be freed.
+        first, second = (onednn.differentiable(x, w, b) for w, b in zip(weight.chunk(2), bias.chunk(2), strict=True))
+        return first, second
     dtype = onednn.compute_type(x)
     rows = _rows(x, dtype)
     biases = bias.to(dtype).chunk(2)
     first, second = (
-        onednn.product(rows, w, b).view(x.shape)
+        onednn.product(rows, w, b).view(*x.shape[:-1], -1)
         for w, b in zip(onednn.prepared(weight, dtype, parts=2), biases, strict=True)
     )
     return first, second
 
 
 def takes_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> bool:
-    return not _needs_gradient(x, weight1) and takes_linear(x, weight1, bias1)
+    if onednn.needs_gradient(x, weight1, weight2):
+        return not onednn.watched(x)
+    return takes_linear(x, weight1, bias1)
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
     dtype = onednn.compute_type(x)
-    hidden = onednn.product(_rows(x, dtype), onednn.prepared(weight1, dtype)[0], bias1.to(dtype), post='gelu')
-    out = onednn.product(hidden, onednn.prepared(weight2, dtype)[0], bias2.to(dtype))
-    return out.view(*x.shape[:-1], out.shape[-1])
+    if onednn.needs_gradient(x, weight1, weight2):
+        return _Mlp.apply(x, weight1, bias1, weight2, bias2, dtype)
+    w1, w2 = onednn.prepared(weight1, dtype)[0], onednn.prepared(weight2, dtype)[0]
+    b1, b2 = bias1.to(dtype), bias2.to(dtype)
+    out = x.new_empty(*x.shape[:-1], weight2.shape[0], dtype=dtype)
+    for rows, result in onednn.split_rows(x, out):
+        result.copy_(onednn.product(onednn.product(rows.to(dtype), w1, b1, post='gelu'), w2, b2))
+    return out
+
+
+class _Mlp(torch.autograd.Function):
+    """Keeps its input only, instead of two maps four times as wide; backward repeats the first product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight1, bias1, weight2)
+        ctx.dtype = dtype
+        w1, w2 = weight1.flatten(1).to(dtype), weight2.flatten(1).to(dtype)
+        b1, b2 = bias1.to(dtype), bias2.to(dtype)
+        out = x.new_empty(*x.shape[:-1], w2.shape[0], dtype=dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            for rows, result in onednn.split_rows(x, out):
+                rows = rows.to(dtype)
+                if onednn.applies(rows):
+                    result.copy_(onednn.product(onednn.product(rows, w1, b1, post='gelu'), w2, b2))
+                else:
+                    result.copy_(F.linear(F.gelu(F.linear(rows, w1, b1)), w2, b2))
+        return out
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight1, bias1, weight2 = ctx.saved_tensors
+        dtype = ctx.dtype
+        w1, w2, b1 = weight1.flatten(1).to(dtype), weight2.flatten(1).to(dtype), bias1.to(dtype)
+        grad_x = torch.empty_like(x)
+        totals: list[Tensor] = []
+        with torch.autocast(x.device.type, enabled=False):
+            for rows, grads, result in onednn.split_rows(x, grad, grad_x):
+                rows, grads = rows.to(dtype), grads.to(dtype)
+                before = onednn.dense(rows, w1, b1)
+                parts = [*onednn.weight_gradient(grads, F.gelu(before))]
+                grad_before = torch.ops.aten.gelu_backward(onednn.dense(grads, w2.mT), before)
+                parts += onednn.weight_gradient(grad_before, rows)
+                result.copy_(onednn.dense(grad_before, w1.mT))
+                totals = [total.add_(part) for total, part in zip(totals, parts, strict=True)] if totals else parts
+        grad_w2, grad_b2, grad_w1, grad_b1 = totals
+        return grad_x, grad_w1.view_as(weight1), grad_b1, grad_w2.view_as(weight2), grad_b2, None
+
+
+def takes_norm_gate(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> bool:
+    return onednn.needs_gradient(x, gate, weight) and not onednn.watched(x) and x.dtype == gate.dtype
+
+
+def norm_gate(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return _NormGate.apply(x, gate, weight, bias, eps)
+
+
+class _NormGate(torch.autograd.Function):
+    """Keeps its two inputs; norm and SiLU are repeated in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, gate, weight, bias)
+        ctx.eps = eps
+        out = torch.empty_like(x)
+        for rows, gates, result in onednn.split_rows(x, gate, out):
+            torch.mul(F.layer_norm(rows, weight.shape, weight, bias, eps), F.silu(gates), out=result)
+        return out
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, weight, bias = ctx.saved_tensors
+        grad_x, grad_gate = torch.empty_like(x), torch.empty_like(gate)
+        totals: list[Tensor] = []
+        for rows, gates, grads, result_x, result_gate in onednn.split_rows(x, gate, grad, grad_x, grad_gate):
+            normed, mean, rstd = torch.native_layer_norm(rows, weight.shape, weight, bias, ctx.eps)
+            result_gate.copy_(torch.ops.aten.silu_backward(grads * normed, gates))
+            of_norm = torch.ops.aten.native_layer_norm_backward(
+                grads * F.silu(gates), rows, weight.shape, mean, rstd, weight, bias, [True, True, True]
+            )
+            result_x.copy_(of_norm[0])
+            parts = [of_norm[1].float(), of_norm[2].float()]
+            totals = [total.add_(part) for total, part in zip(totals, parts, strict=True)] if totals else parts
+        return grad_x, grad_gate, totals[0].to(weight.dtype), totals[1].to(bias.dtype), None
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(-1, x.shape[-1]).to(dtype)
-
-
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

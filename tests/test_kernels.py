@@ -1,0 +1,273 @@
+"""Fast forms against the reference form in float64: outputs, gradients, memory, and when they step aside."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vheat_mm import VHeat, kernels
+from vheat_mm.heat_conduction import decay_map, heat_conduction
+from vheat_mm.kernels import onednn, positionwise, spectral, stem
+from vheat_mm.layers import embed_patches
+from vheat_mm.positionwise import by_position, linear, mlp, norm_gate, split_linear
+
+SIZES = [(2, 8, 8), (1, 5, 12), (2, 1, 9), (1, 7, 1), (3, 1, 1), (2, 41, 57), (1, 100, 103)]
+ERRORS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative, in the Frobenius norm
+C = 12
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch):
+    """Groups of 64 positions, so that tiny maps are worked off in several."""
+    monkeypatch.setattr(onednn, 'GROUP_BYTES', 64 * C * 2)
+    assert kernels.form() == 'fast'
+
+
+def inputs(name, size, dtype):
+    b, h, w = size
+    new = lambda *shape, scale=1.0: (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype)  # noqa: E731
+    x, weight, bias = new(b, h, w, C), new(2 * C, C, scale=0.3), new(2 * C)
+    return {
+        'heat_conduction': (x, torch.rand(h, w, C, dtype=torch.float64).float()),
+        'decay_map': (torch.randn(h, w, C), weight[:C].float(), bias[:C].float()),
+        'norm_gate': (x, new(b, h, w, 2 * C)[..., C:], 1 + new(C), new(C), 1e-5),
+        'linear': (x, weight, bias),
+        'split_linear': (x, weight, bias),
+        'mlp': (x, weight[:, :, None, None], bias, weight.mT.contiguous(), bias[:C]),
+    }[name]
+
+
+STEPS = dict(
+    heat_conduction=(heat_conduction, spectral),
+    decay_map=(decay_map, spectral),
+    norm_gate=(norm_gate, positionwise),
+    linear=(linear, positionwise),
+    split_linear=(split_linear, positionwise),
+    mlp=(mlp, positionwise),
+)
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm().clamp_min(1e-12)).item()
+
+
+def run(step, args, gradients):
+    """Outputs, and with ``gradients`` those of all tensors, for a fixed random cotangent."""
+    args = [a.detach().clone().requires_grad_(gradients) if isinstance(a, torch.Tensor) else a for a in args]
+    if not gradients:  # weights of inference are parameters
+        args = [
+            nn.Parameter(a, requires_grad=False) if i and isinstance(a, torch.Tensor) else a for i, a in enumerate(args)
+        ]
+    outputs = step(*args)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if not gradients:
+        return list(outputs)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((o.double() * torch.randn(o.shape, generator=generator, dtype=torch.float64)).sum() for o in outputs)
+    return [*outputs, *torch.autograd.grad(loss, [a for a in args if isinstance(a, torch.Tensor)])]
+
+
+@pytest.mark.parametrize('gradients', [False, True], ids=['inference', 'training'])
+@pytest.mark.parametrize('dtype', list(ERRORS), ids=str)
+@pytest.mark.parametrize('size', SIZES, ids=str)
+@pytest.mark.parametrize('name', list(STEPS))
+def test_fast_form_is_the_reference_form(name, size, dtype, gradients):
+    step, _ = STEPS[name]
+    torch.manual_seed(0)
+    args = inputs(name, size, dtype)
+    with kernels.use('reference'):
+        exact = run(step, [a.double() if isinstance(a, torch.Tensor) else a for a in args], gradients)
+    found = run(step, args, gradients)
+    assert len(found) == len(exact)
+    for a, b in zip(found, exact, strict=True):
+        assert a.shape == b.shape
+        assert error(a, b) < (ERRORS[dtype] if name != 'decay_map' else 1e-5)
+
+
+@pytest.mark.parametrize(('name', 'gradients'), [(n, g) for n in STEPS for g in (False, True)])
+def test_fast_forms_are_in_use(name, gradients, monkeypatch):
+    """What the test above compares is not the reference form twice."""
+    if (name, gradients) in {('decay_map', False), ('norm_gate', False)}:
+        pytest.skip('has no fast form without gradients')
+    step, module = STEPS[name]
+    calls = []
+    fast = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: calls.append(name) or fast(*args))
+    run(step, inputs(name, (2, 41, 57), torch.float32), gradients)
+    assert calls
+    calls.clear()
+    with kernels.use('reference'):
+        run(step, inputs(name, (2, 41, 57), torch.float32), gradients)
+    assert not calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('size', [(64, 96), (61, 47), (3, 5), (1, 200), (203, 2)], ids=str)
+def test_stem_in_strips(make_vheat, size):
+    """Borders of strips are no borders of the image."""
+    model, image = make_vheat().patch_embed, torch.randn(2, *size, 3)
+    args = (image, model.conv1, model.norm1, model.conv2, model.norm2)
+    with kernels.use('reference'):
+        expected = embed_patches(*args)
+    torch.testing.assert_close(stem.embed_patches(*args), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_positions_in_groups():
+    sizes = []
+    x, y = torch.randn(2, 9, 31, C), torch.randn(2, 9, 31, C)
+    expected = x * y + 1
+    found = by_position(lambda a, b: sizes.append(len(a)) or a * b + 1, x, y)
+    assert torch.equal(found, expected)
+    assert len(sizes) > 1
+    assert sum(sizes) == 2 * 9 * 31
+
+
+@pytest.mark.parametrize('arch', [{}, dict(post_norm=True)], ids=['pre_norm', 'post_norm'])
+def test_whole_network(make_vheat, arch):
+    model = make_vheat(**arch)
+    for embed in model.freq_embed:
+        nn.init.normal_(embed)
+    image = torch.randn(2, 3, 181, 230)
+    results = {}
+    for form, dtype in (('reference', torch.float64), ('fast', torch.float32)):
+        copied = copy.deepcopy(model).to(dtype)
+        with kernels.use(form):
+            outputs = copied(image.to(dtype))
+            sum((o * o.detach().sin()).sum() for o in outputs).backward()
+            copied.eval()
+            with torch.no_grad():
+                results[form] = [*outputs, *(p.grad for p in copied.parameters()), *copied(image.to(dtype))]
+    for found, exact in zip(results['fast'], results['reference'], strict=True):
+        assert error(found, exact) < 1e-4
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_exact_as_the_reference_form(make_vheat):
+    torch.manual_seed(0)
+    model, image = make_vheat().eval(), torch.randn(4, 3, 416, 448)
+    exact = copy.deepcopy(model).double()(image.double())
+    errors = {}
+    for form in ('reference', 'fast'):
+        with kernels.use(form), torch.autocast('cpu', torch.bfloat16):
+            errors[form] = [error(a, b) for a, b in zip(model(image), exact, strict=True)]
+    for fast, reference in zip(errors['fast'], errors['reference'], strict=True):
+        assert fast < 1.1 * reference
+
+
+def saved_bytes(model: nn.Module, image: torch.Tensor) -> int:
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = model(image)
+    del outputs
+    return sum(seen.values())
+
+
+def test_training_keeps_a_third_less(make_vheat):
+    model, image = make_vheat(), torch.randn(2, 3, 64, 64)
+    with kernels.use('reference'):
+        reference = saved_bytes(model, image)
+    assert saved_bytes(model, image) < 0.67 * reference
+
+
+@pytest.mark.parametrize('name', ['heat_conduction', 'decay_map', 'norm_gate', 'mlp'])
+def test_second_derivative_is_refused(name):
+    step, _ = STEPS[name]
+    args = inputs(name, (1, 5, 6), torch.float32)
+    args = [a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    with pytest.raises(RuntimeError, match='VHEAT_KERNELS=reference'):
+        torch.autograd.grad(step(*args).sum(), args[0], create_graph=True)
+    with kernels.use('reference'):
+        torch.autograd.grad(step(*args).sum(), args[0], create_graph=True)
+
+
+def test_counters_and_tracers_see_the_reference_form(make_vheat):
+    model, image = make_vheat().eval(), torch.randn(1, 3, 64, 64)
+    counts = []
+    for form in ('reference', 'fast'):
+        model.eval()  # drops the cached decay maps, which are counted too
+        with kernels.use(form), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(image)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    with torch.no_grad():
+        traced = torch.jit.trace(model, image, check_trace=False)
+    assert 'mkldnn::' not in str(traced.inlined_graph)
+
+
+@pytest.mark.parametrize('change', ['optimizer', 'load_state_dict', 'data'])
+def test_changed_weights_are_seen(make_vheat, change):
+    """Layouts that the fast forms keep of weights go with the weights."""
+    model, image = make_vheat().eval(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(image)[0].clone()
+    other = {key: value + 0.1 * torch.randn_like(value) for key, value in model.state_dict().items()}
+    if change == 'optimizer':
+        model(image)[0].sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    elif change == 'load_state_dict':
+        model.load_state_dict(other)
+    else:
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(other[name])
+        model.eval()
+    fresh = make_vheat().eval()
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        after = model(image)[0]
+        assert not torch.allclose(after, before)
+        torch.testing.assert_close(after, fresh(image)[0])
+
+
+def test_form_comes_from_the_environment():
+    code = 'import vheat_mm.kernels as k; print(k.form())'
+    for value, expected in (('reference', 'reference'), ('', 'fast')):
+        done = subprocess.run(
+            [sys.executable, '-c', code], env=os.environ | dict(VHEAT_KERNELS=value), capture_output=True, text=True
+        )
+        assert done.stdout.strip() == expected
+    done = subprocess.run(
+        [sys.executable, '-c', code], env=os.environ | dict(VHEAT_KERNELS='quick'), capture_output=True, text=True
+    )
+    assert "VHEAT_KERNELS must be one of fast, reference, triton, got 'quick'" in done.stderr
+    with pytest.raises(ValueError, match=r"'quick'"), kernels.use('quick'):
+        pass
+
+
+@torch.no_grad()
+def test_compiled_graph_uses_fast_operators(make_vheat):
+    model, image = make_vheat().eval(), torch.randn(1, 3, 64, 64)
+    expected = model(image)
+    names = set()
+
+    def backend(graph, example_inputs):
+        names.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    found = torch.compile(model, backend=backend, fullgraph=True)(image)
+    assert {f'vheat_mm.{op}.default' for op in ('mlp', 'linear', 'split_linear', 'heat_conduction')} <= names
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_training_then_evaluation_of_a_copy(make_vheat):
+    """Prepared layouts are no part of a model: copies and pickles go without."""
+    model: VHeat = make_vheat().eval()
+    with torch.no_grad():
+        model(torch.randn(1, 3, 64, 64))
+    twin = copy.deepcopy(model)
+    assert twin.state_dict().keys() == model.state_dict().keys()
+    assert len(onednn._PREPARED) > 0
