@@ -24,6 +24,7 @@ from .decay_cache import DecayCache
 from .freq_embed import NUM_STAGES, grid_sizes, resize_freq_embed, to_pair
 from .heat_conduction import HeatConduction2d
 from .kernels import forget_prepared, load_compiled
+from .kernels.onednn import compute_type
 from .layers import Downsample, DropPath, Mlp, Stem
 from .positionwise import add_norm, by_position, linear, norm_add
 from .pretrained import load_pretrained, resize_loaded_freq_embeds
@@ -112,8 +113,9 @@ class Stage(nn.ModuleList):
         if freq_embed is None:
             decays = self._deployed_decays(size)
         elif self._may_cache(freq_embed):
-            sources = self._decay_sources(freq_embed)
-            decays = cache.get((id(self), size), sources, lambda: self.decays(freq_embed, size))
+            sources, dtype = self._decay_sources(freq_embed), compute_type(x)  # half precision takes half the memory
+            build = lambda: [decay.to(dtype) for decay in self.decays(freq_embed, size)]  # noqa: E731
+            decays = cache.get((id(self), size, dtype), sources, build)
         else:
             embed = resize_freq_embed(freq_embed, size, mode='bicubic').contiguous()  # read by every block
         for index, block in enumerate(self.blocks):

@@ -125,7 +125,7 @@ def measure_case(args: argparse.Namespace, size: tuple[int, int], dtype: str, mo
         except ModelError as error:
             records[name] = dict(error=str(error))
             continue
-        if name == 'vheat-reference' and 'vheat' in models:
+        if name.startswith('vheat-') and 'vheat' in models:
             model.load_state_dict(models['vheat'].state_dict())
         model.train(mode == 'train')  # some backbones' train() returns nothing
         models[name] = model

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 
+import torch
 from torch import nn
 
 from vheat_mm import VHeat, kernels
 from vheat_mm.compat import ensure_torchvision
 
-MODELS = ('vheat', 'vheat-reference', 'swin', 'swin-scaled', 'convnext')
+MODELS = ('vheat', 'vheat-triton', 'vheat-reference', 'swin', 'swin-scaled', 'convnext')
 ARCHS = ('tiny', 'small', 'base')
 _SWIN = dict(
     tiny=dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
@@ -29,6 +30,8 @@ def build(name: str, arch: str, size: tuple[int, int]) -> nn.Module:
     Raises:
         ModelError: The package it comes from is missing; it has no form for this size.
     """
+    if name == 'vheat-triton' and not torch.cuda.is_available():
+        raise ModelError('Triton kernels need a CUDA device, and PyTorch sees none here')
     if name.startswith('vheat'):
         return VHeat(arch, img_size=size)
     ensure_torchvision()  # mmdet imports mmpretrain, which imports torchvision
@@ -48,7 +51,8 @@ def build(name: str, arch: str, size: tuple[int, int]) -> nn.Module:
 
 def form(name: str) -> contextlib.AbstractContextManager:
     """Form of the network's steps that a model runs in."""
-    return kernels.use('reference') if name == 'vheat-reference' else contextlib.nullcontext()
+    _, _, form = name.partition('-')
+    return kernels.use(form) if form in kernels.FORMS else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -28,9 +28,10 @@ from vheat_mm.checkpoint import atomic_file
 
 PACKAGES = ('torch', 'triton', 'mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'numpy')
 COLORS = {
-    'vheat': 'tab:red', 'vheat-reference': 'tab:pink',
+    'vheat': 'tab:red', 'vheat-triton': 'tab:orange', 'vheat-reference': 'tab:pink',
     'swin': 'tab:blue', 'swin-scaled': 'tab:cyan', 'convnext': 'tab:green',
 }  # fmt: skip
+PRESET_OF = dict(cpu='cpu', cuda='h200')
 Run = dict[str, Any]
 
 
@@ -224,10 +225,10 @@ def write_page(page: str, results: list[str]) -> None:
         parts.append(f'## {title}')
         chosen = [(path, run) for path, run in runs if run['kind'] == kind]
         if not chosen:
-            parts.append(
-                'Nothing has been measured yet. One call does it:\n\n```shell\n'
-                f'python tools/analysis_tools/benchmark.py --preset {"h200" if kind == "cuda" else "cpu"} --out-dir work_dirs/benchmark\n```'
+            command = (
+                f'python tools/analysis_tools/benchmark.py --preset {PRESET_OF[kind]} --out-dir work_dirs/benchmark'
             )
+            parts.append(f'Nothing has been measured yet. One call does it:\n\n```shell\n{command}\n```')
         for path, run in chosen:
             parts += _section(path, run, target)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,9 @@ _MODULES: dict[str, dict[str, str]] = {
     'triton': dict.fromkeys(('heat_conduction', 'heat_norm_gate', 'add_norm', 'norm_add', 'decay_map'), 'triton'),
 }
 
+# PyTorch 2.4 and later: what autocast's type is can be asked, and operators can be registered.
+_SUPPORTED = hasattr(torch, 'get_autocast_dtype') and hasattr(torch.library, 'custom_op')
+
 _LOADED: dict[str | None, Any] = {}
 
 _Step = TypeVar('_Step', bound=Callable[..., Any])
@@ -98,7 +101,7 @@ def step(reference: _Step) -> _Step:
 
 
 def _candidates() -> tuple[str, ...]:
-    if _form == 'reference':
+    if _form == 'reference' or not _SUPPORTED:
         return ()
     if torch.compiler.is_compiling():
         return ('compiled',)  # the compiler fuses what it sees; fast forms are for what it does worse
@@ -119,7 +122,7 @@ def _load(form: str, name: str) -> Any:
 
 def load_compiled() -> None:
     """Import what compiled graphs use; an import cannot happen while a graph is being traced."""
-    for name in _MODULES['compiled']:
+    for name in _MODULES['compiled'] if _SUPPORTED else ():
         _load('compiled', name)
 
 

@@ -55,6 +55,8 @@ def watched(x: Tensor) -> bool:
 
 def compute_type(x: Tensor) -> torch.dtype:
     """Type that a matrix product of ``x`` is computed in: autocast's where it is on."""
+    if not hasattr(torch, 'get_autocast_dtype'):  # PyTorch before 2.4, where no fast form runs
+        return x.dtype
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
