@@ -34,7 +34,7 @@ EXTRAS = {
     'demo': ['scikit-image>=0.22', 'scipy>=1.10', 'pycocotools>=2.0.7', 'matplotlib>=3.7'],
     'dev': ['pytest>=8', 'pytest-benchmark>=4', 'scipy>=1.10', 'ruff>=0.9', 'mypy>=1.10', 'pre-commit>=3.5'],
     # torch's CUDA builds bring it; on the CPU its interpreter runs the kernels' tests
-    'triton': ['triton>=3.2'],
+    'triton': ['triton>=3.7'],
 }
 EXTRAS['all'] = sorted({name for group in ('det', 'seg', 'cls', 'hub') for name in EXTRAS[group]})
 

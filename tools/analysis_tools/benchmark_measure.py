@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import statistics
 import time
@@ -171,6 +172,8 @@ def saved_bytes(model: nn.Module, function: Callable[[], object]) -> int:
 def release() -> None:
     """Give back what is not in use, so that one model's leftovers are not the next one's shortage."""
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory, in which a later peak would not show
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
