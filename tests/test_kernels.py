@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vheat_mm import VHeat, kernels
+from vheat_mm.freq_embed import fit_freq_embed
 from vheat_mm.heat_conduction import decay_map, heat_conduction
-from vheat_mm.kernels import onednn, positionwise, spectral, stem
+from vheat_mm.kernels import convolution, onednn, positionwise, spectral
 from vheat_mm.layers import embed_patches
 from vheat_mm.positionwise import by_position, linear, mlp, norm_gate, split_linear
 
@@ -114,7 +115,20 @@ def test_stem_in_strips(make_vheat, size):
     args = (image, model.conv1, model.norm1, model.conv2, model.norm2)
     with kernels.use('reference'):
         expected = embed_patches(*args)
-    torch.testing.assert_close(stem.embed_patches(*args), expected, rtol=1e-5, atol=1e-5)
+    assert error(convolution.embed_patches(*args), expected.double()) < 1e-5
+
+
+@pytest.mark.parametrize('size', [(9, 4), (4, 12), (7, 7), (1, 1)], ids=str)
+def test_resize_is_bicubic(size):
+    results = {}
+    for form in ('reference', 'fast'):
+        embed = torch.randn(7, 6, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with kernels.use(form), torch.autocast('cpu', torch.bfloat16):
+            resized = fit_freq_embed(embed, size)
+        (resized * resized.detach().sin()).sum().backward()
+        results[form] = (resized, embed.grad)
+    for fast, reference in zip(results['fast'], results['reference'], strict=True):
+        torch.testing.assert_close(fast, reference, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ class HeatConduction2d(nn.Module):
 
     def mix(self, x: Tensor, decay: Tensor) -> Tensor:
         """The operator without its projection: everything that mixes positions, (B, H, W, C) -> (B, H, W, C)."""
-        x = conv2d_channels_last(self.dwconv, x)
+        x = convolve(x, self.dwconv)
         signal, gate = split_linear(x, self.linear.weight, self.linear.bias)
         norm = self.out_norm
         return heat_norm_gate(signal, gate, decay, norm.weight, norm.bias, norm.eps)
@@ -170,7 +170,8 @@ def basis(n: int, like: Tensor) -> Tensor:
     return matrix
 
 
-def conv2d_channels_last(conv: nn.Conv2d, x: Tensor) -> Tensor:
+@step
+def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """Apply a 2-D convolution to a (B, H, W, C) map; both permutations are views."""
     x = x.permute(0, 3, 1, 2)
     if torch.compiler.is_compiling():

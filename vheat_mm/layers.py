@@ -10,7 +10,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .heat_conduction import conv2d_channels_last
+from .heat_conduction import convolve
 from .kernels import step
 from .positionwise import linear, mlp
 
@@ -73,8 +73,8 @@ class Stem(nn.Module):
 @step
 def embed_patches(x: Tensor, conv1: nn.Conv2d, norm1: nn.Module, conv2: nn.Conv2d, norm2: nn.Module) -> Tensor:
     """Image (B, H, W, in_channels) -> map (B, H/4, W/4, C): two 3x3 convolutions of stride 2, a GELU in between."""
-    x = F.gelu(norm1(conv2d_channels_last(conv1, x)))
-    return norm2(conv2d_channels_last(conv2, x))
+    x = F.gelu(norm1(convolve(x, conv1)))
+    return norm2(convolve(x, conv2))
 
 
 class Downsample(nn.Sequential):
@@ -84,4 +84,4 @@ class Downsample(nn.Sequential):
         super().__init__(nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False), nn.LayerNorm(2 * dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self[1](conv2d_channels_last(cast(nn.Conv2d, self[0]), x))
+        return self[1](convolve(x, cast(nn.Conv2d, self[0])))

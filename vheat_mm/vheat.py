@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .arch import read_arch, read_out_indices
 from .decay_cache import DecayCache
-from .freq_embed import NUM_STAGES, grid_sizes, resize_freq_embed, to_pair
+from .freq_embed import NUM_STAGES, fit_freq_embed, grid_sizes, resize_freq_embed, to_pair
 from .heat_conduction import HeatConduction2d
 from .kernels import forget_prepared, load_compiled
 from .kernels.onednn import compute_type
@@ -117,7 +117,7 @@ class Stage(nn.ModuleList):
             build = lambda: [decay.to(dtype) for decay in self.decays(freq_embed, size)]  # noqa: E731
             decays = cache.get((id(self), size, dtype), sources, build)
         else:
-            embed = resize_freq_embed(freq_embed, size, mode='bicubic').contiguous()  # read by every block
+            embed = fit_freq_embed(freq_embed, size)
         for index, block in enumerate(self.blocks):
             decay = None if decays is None else decays[index]
             if self.with_cp and torch.is_grad_enabled():
@@ -133,7 +133,7 @@ class Stage(nn.ModuleList):
 
     def decays(self, freq_embed: Tensor, size: tuple[int, int]) -> list[Tensor]:
         """Decay maps (H, W, C) of all blocks for a map of ``size``."""
-        embed = resize_freq_embed(freq_embed, size, mode='bicubic')
+        embed = fit_freq_embed(freq_embed, size)
         return [block.op.decay(embed) for block in self.blocks]
 
     @staticmethod

@@ -30,7 +30,9 @@ VARIABLE = 'VHEAT_KERNELS'
 # form -> step -> module of this package that holds the function of the step's name
 _MODULES: dict[str, dict[str, str]] = {
     'fast': dict(
-        embed_patches='stem',
+        convolve='convolution',
+        embed_patches='convolution',
+        fit_freq_embed='resize',
         heat_conduction='spectral',
         decay_map='spectral',
         by_position='positionwise',

@@ -129,12 +129,7 @@ def prepared(weight: Tensor, dtype: torch.dtype, parts: int = 1) -> list[Tensor]
     The result is kept while the weight lives and shows no change (see
     :class:`~vheat_mm.decay_cache.DecayCache` for what shows; :func:`forget` covers the rest).
     """
-    state = (weight.data_ptr(), weight._version, weight.dtype)
-    kept = _PREPARED.get(weight)
-    if kept is None or kept[0] != state:
-        kept = (state, {})
-        _PREPARED[weight] = kept
-    results = kept[1]
+    results = _kept(weight)
     if (dtype, parts) not in results:
         with torch.inference_mode(False), torch.no_grad():
             plain = weight.detach().flatten(1).to(dtype)
@@ -142,6 +137,25 @@ def prepared(weight: Tensor, dtype: torch.dtype, parts: int = 1) -> list[Tensor]
                 torch.ops.mkldnn._reorder_linear_weight(part.contiguous(), _PACK_ROWS) for part in plain.chunk(parts)
             ]
     return results[dtype, parts]
+
+
+def prepared_filter(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weight of a convolution, cast and channels-last; kept like :func:`prepared`'s results."""
+    if weight.is_inference() or not isinstance(weight, nn.Parameter):
+        return weight
+    results = _kept(weight)
+    if (dtype, 0) not in results:
+        with torch.inference_mode(False), torch.no_grad():
+            results[dtype, 0] = weight.detach().to(dtype, memory_format=torch.channels_last)
+    return results[dtype, 0]
+
+
+def _kept(weight: Tensor) -> dict[tuple[torch.dtype, int], Any]:
+    state = (weight.data_ptr(), weight._version, weight.dtype)
+    kept = _PREPARED.get(weight)
+    if kept is None or kept[0] != state:
+        kept = _PREPARED[weight] = (state, {})
+    return kept[1]
 
 
 def forget(weights: Any) -> None:

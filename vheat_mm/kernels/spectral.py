@@ -20,17 +20,19 @@ _LARGE = {torch.float32: 40, torch.bfloat16: 100}
 
 
 def takes_heat_conduction(x: Tensor, decay: Tensor) -> bool:
-    if not onednn.applies(x) or onednn.compute_type(x) is not x.dtype or decay.device != x.device:
-        return False
-    return _is_large(x) or onednn.needs_gradient(x, decay)
+    return onednn.applies(x) and onednn.compute_type(x) is x.dtype and decay.device == x.device
 
 
 def heat_conduction(x: Tensor, decay: Tensor) -> Tensor:
     if onednn.needs_gradient(x, decay):
         return _HeatConduction.apply(x, decay)
     large = _is_large(x)
-    modes = _transform(x, large)
-    return _inverse(_damp(modes, decay, large), large)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    at_a_time = max(1, onednn.GROUP_BYTES // (x[0].numel() * x.element_size()))
+    for images, result in zip(x.split(at_a_time), out.split(at_a_time), strict=True):
+        modes = _damp(_transform(images, large), decay, large)
+        result.copy_(_inverse(modes, large))
+    return out
 
 
 class _HeatConduction(torch.autograd.Function):
