@@ -10,7 +10,7 @@ RUN := $(abspath $(VENV))/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seg test lint format doctor clean clean-env
+.PHONY: help setup demo demo-seg test speed lint format doctor clean clean-env
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ demo-seg: setup ## the same for a small vHeat UPerNet
 
 test: setup ## all tests
 	@$(RUN) -m pytest
+
+speed: setup ## ratios to Swin-T that must hold on 2 quiet CPU cores, about 6 minutes
+	@$(RUN) -m pytest tests/speed/speed.py
 
 lint: setup ## ruff and mypy
 	@$(RUN) -m ruff check .

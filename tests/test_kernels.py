@@ -277,6 +277,13 @@ def test_compiled_graph_uses_fast_operators(make_vheat):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_exported_graph_needs_nothing_of_ours(make_vheat):
+    exported = torch.export.export(make_vheat().eval(), (torch.randn(1, 3, 64, 64),))
+    names = {str(node.target) for node in exported.graph.nodes}
+    assert not [name for name in names if name.startswith(('vheat_mm', 'mkldnn'))]
+
+
 def test_training_then_evaluation_of_a_copy(make_vheat):
     """Prepared layouts are no part of a model: copies and pickles go without."""
     model: VHeat = make_vheat().eval()

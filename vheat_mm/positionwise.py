@@ -63,3 +63,9 @@ def by_position(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     A fast form may call it on some positions at a time. The result may take the memory of the last map.
     """
     return function(*maps)
+
+
+@step
+def by_image(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)`` for a function that treats every image of a batch alike: (B, H, W, C) -> (B, H, W, C)."""
+    return function(x)

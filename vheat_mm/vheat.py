@@ -26,7 +26,7 @@ from .heat_conduction import HeatConduction2d
 from .kernels import forget_prepared, load_compiled
 from .kernels.onednn import compute_type
 from .layers import Downsample, DropPath, Mlp, Stem
-from .positionwise import add_norm, by_position, linear, norm_add
+from .positionwise import add_norm, by_image, by_position, linear, norm_add
 from .pretrained import load_pretrained, resize_loaded_freq_embeds
 
 
@@ -118,12 +118,17 @@ class Stage(nn.ModuleList):
             decays = cache.get((id(self), size, dtype), sources, build)
         else:
             embed = fit_freq_embed(freq_embed, size)
-        for index, block in enumerate(self.blocks):
-            decay = None if decays is None else decays[index]
-            if self.with_cp and torch.is_grad_enabled():
-                x = checkpoint(self._run, block, x, embed, decay, use_reentrant=False)
-            else:
-                x = self._run(block, x, embed, decay)
+
+        def run_blocks(x: Tensor) -> Tensor:
+            for index, block in enumerate(self.blocks):
+                decay = None if decays is None else decays[index]
+                if self.with_cp and torch.is_grad_enabled():
+                    x = checkpoint(self._run, block, x, embed, decay, use_reentrant=False)
+                else:
+                    x = self._run(block, x, embed, decay)
+            return x
+
+        x = run_blocks(x) if decays is None else by_image(run_blocks, x)
         return x, self[self.depth](x) if len(self) > self.depth else x
 
     @property

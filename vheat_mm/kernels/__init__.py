@@ -35,6 +35,7 @@ _MODULES: dict[str, dict[str, str]] = {
         fit_freq_embed='resize',
         heat_conduction='spectral',
         decay_map='spectral',
+        by_image='positionwise',
         by_position='positionwise',
         linear='positionwise',
         split_linear='positionwise',
@@ -105,9 +106,15 @@ def step(reference: _Step) -> _Step:
 def _candidates() -> tuple[str, ...]:
     if _form == 'reference' or not _SUPPORTED:
         return ()
+    if _is_exporting():
+        return ()  # an exported graph runs where this package is not installed
     if torch.compiler.is_compiling():
         return ('compiled',)  # the compiler fuses what it sees; fast forms are for what it does worse
     return ('triton', 'fast') if _form == 'triton' else ('fast',)
+
+
+def _is_exporting() -> bool:
+    return hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting()
 
 
 def _load(form: str, name: str) -> Any:

@@ -27,19 +27,28 @@ def embed_patches(x: Tensor, conv1: nn.Conv2d, norm1: nn.Module, conv2: nn.Conv2
             last = min(first + step, quarter)
             # A row of a stride-2 convolution reads rows 2 i - 1 to 2 i + 1: [start, stop) between the two, then above.
             start, stop = max(2 * first - 1, 0), min(2 * last, half)
-            y = _rows(conv1, batch[:, max(2 * start - 1, 0) : min(2 * stop, height)], start == 0, 2 * stop > height)
+            y = _rows(
+                conv1,
+                batch[:, max(2 * start - 1, 0) : min(2 * stop, height)],
+                start == 0,
+                2 * stop > height,
+                stop - start == half,
+            )
             y = F.gelu(norm1(y))
-            strips.append(norm2(_rows(conv2, y, first == 0, 2 * last > half)))
+            strips.append(norm2(_rows(conv2, y, first == 0, 2 * last > half, last - first == quarter)))
         parts.append(strips[0] if len(strips) == 1 else torch.cat(strips, dim=1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _rows(conv: nn.Conv2d, x: Tensor, at_top: bool, at_bottom: bool) -> Tensor:
-    """Convolve a strip; rows of zeros stand in for the border only where the strip has it."""
-    if at_top or at_bottom:
+def _rows(conv: nn.Conv2d, x: Tensor, at_top: bool, at_bottom: bool, whole: bool) -> Tensor:
+    """Convolve a strip, or a whole map; rows of zeros stand in for the border only where the strip has it."""
+    border = 0
+    if at_top and (at_bottom or whole):
+        border = 1
+    elif at_top or at_bottom:
         x = F.pad(x, (0, 0, 0, 0, int(at_top), int(at_bottom)))
     weight = onednn.prepared_filter(conv.weight, onednn.compute_type(x))
-    out = F.conv2d(x.permute(0, 3, 1, 2), weight, conv.bias, conv.stride, (0, 1))
+    out = F.conv2d(x.permute(0, 3, 1, 2), weight, conv.bias, conv.stride, (border, 1))
     return out.permute(0, 2, 3, 1)
 
 

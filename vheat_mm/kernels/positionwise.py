@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from . import onednn
 from .autograd import once
+
+# Fewer rows than this do not pay for reading a stage's weights again.
+MIN_ROWS = 1024
 
 
 def takes_by_position(function: Callable[..., Tensor], *maps: Tensor) -> bool:
@@ -28,6 +31,26 @@ def by_position(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     for group in onednn.split_rows(*maps):
         group[-1].copy_(function(*group))  # the rows of a contiguous map are its own memory
     return maps[-1]
+
+
+def takes_by_image(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    return onednn.applies(x) and not torch.is_grad_enabled() and x.shape[0] > 1 and _images(x) < x.shape[0]
+
+
+def by_image(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    results = None
+    for index, images in enumerate(x.split(_images(x))):
+        result = function(images)
+        if results is None:
+            results = result.new_empty(x.shape)
+        first = index * _images(x)
+        results[first : first + len(images)] = result
+    return cast(Tensor, results)
+
+
+def _images(x: Tensor) -> int:
+    """Images of a batch whose maps stay in the cache together, and are as many rows as a product needs."""
+    return max(1, onednn.GROUP_BYTES // (x[0].numel() * x.element_size()), -(-MIN_ROWS // (x.shape[1] * x.shape[2])))
 
 
 def takes_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
