@@ -15,7 +15,7 @@ from vheat_mm.freq_embed import fit_freq_embed
 from vheat_mm.heat_conduction import decay_map, heat_conduction
 from vheat_mm.kernels import convolution, onednn, positionwise, spectral
 from vheat_mm.layers import embed_patches
-from vheat_mm.positionwise import by_position, linear, mlp, norm_gate, split_linear
+from vheat_mm.positionwise import by_image, by_position, linear, mlp, norm_gate, split_linear
 
 SIZES = [(2, 8, 8), (1, 5, 12), (2, 1, 9), (1, 7, 1), (3, 1, 1), (2, 41, 57), (1, 100, 103)]
 ERRORS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative, in the Frobenius norm
@@ -140,6 +140,16 @@ def test_positions_in_groups():
     assert torch.equal(found, expected)
     assert len(sizes) > 1
     assert sum(sizes) == 2 * 9 * 31
+
+
+@torch.no_grad()
+def test_images_in_groups(monkeypatch):
+    monkeypatch.setattr(positionwise, 'MIN_ROWS', 100)
+    sizes = []
+    x = torch.randn(7, 6, 8, C)
+    found = by_image(lambda images: sizes.append(len(images)) or images.cumsum(1), x)
+    assert torch.equal(found, x.cumsum(1))
+    assert sizes == [3, 3, 1]  # at least 100 rows of 6 x 8
 
 
 @pytest.mark.parametrize('arch', [{}, dict(post_norm=True)], ids=['pre_norm', 'post_norm'])

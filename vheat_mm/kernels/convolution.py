@@ -27,13 +27,8 @@ def embed_patches(x: Tensor, conv1: nn.Conv2d, norm1: nn.Module, conv2: nn.Conv2
             last = min(first + step, quarter)
             # A row of a stride-2 convolution reads rows 2 i - 1 to 2 i + 1: [start, stop) between the two, then above.
             start, stop = max(2 * first - 1, 0), min(2 * last, half)
-            y = _rows(
-                conv1,
-                batch[:, max(2 * start - 1, 0) : min(2 * stop, height)],
-                start == 0,
-                2 * stop > height,
-                stop - start == half,
-            )
+            rows = batch[:, max(2 * start - 1, 0) : min(2 * stop, height)]
+            y = _rows(conv1, rows, start == 0, 2 * stop > height, stop - start == half)
             y = F.gelu(norm1(y))
             strips.append(norm2(_rows(conv2, y, first == 0, 2 * last > half, last - first == quarter)))
         parts.append(strips[0] if len(strips) == 1 else torch.cat(strips, dim=1))
