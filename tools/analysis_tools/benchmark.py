@@ -37,7 +37,8 @@ from vheat_mm import kernels
 SQUARES = ('224', '256', '384', '512', '640', '768', '1024', '1280')
 PRESETS = {
     'cpu': dict(
-        sizes=[*SQUARES, '800x1216'], batch_size=['1', '224:8'], dtypes=['fp32', 'bf16'], modes=['forward'], repeats=5
+        sizes=[*SQUARES, '800x1216'], batch_size=['1', '224:8'], dtypes=['fp32', 'bf16'], modes=['forward'], repeats=5,
+        roofline=True,
     ),
     'cpu-train': dict(sizes=['640'], dtypes=['fp32', 'bf16'], modes=['train'], repeats=7),
     'h200': dict(
