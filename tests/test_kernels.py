@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vheat_mm import VHeat, kernels
 from vheat_mm.freq_embed import fit_freq_embed
 from vheat_mm.heat_conduction import decay_map, heat_conduction
-from vheat_mm.kernels import convolution, onednn, positionwise, spectral
+from vheat_mm.kernels import compiled, convolution, onednn, positionwise, spectral
 from vheat_mm.layers import embed_patches
 from vheat_mm.positionwise import by_image, by_position, linear, mlp, norm_gate, split_linear
 
@@ -282,9 +282,29 @@ def test_compiled_graph_uses_fast_operators(make_vheat):
         return graph.forward
 
     found = torch.compile(model, backend=backend, fullgraph=True)(image)
-    assert {f'vheat_mm.{op}.default' for op in ('mlp', 'linear', 'split_linear', 'heat_conduction')} <= names
+    steps = ('mlp', 'linear', 'split_linear', 'heat_conduction', 'convolve', 'embed_patches', 'decay_of')
+    assert {f'vheat_mm.{op}.default' for op in steps} <= names
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_compiled_graph_keeps_decays_until_weights_change(make_vheat):
+    model, image = make_vheat().eval(), torch.randn(1, 3, 64, 96)
+    op = model.layers[0][0].op
+    nn.init.normal_(op.out_linear.weight)  # else the operator says little
+    graph = torch.compile(model, backend='aot_eager', fullgraph=True)
+    before = graph(image)
+    built = compiled._DECAYS.builds
+    torch.testing.assert_close(graph(image), before)
+    assert compiled._DECAYS.builds == built
+    op.to_k[0].bias.add_(1)
+    torch.testing.assert_close(graph(image), model(image), rtol=1e-4, atol=1e-5)
+    assert error(graph(image)[0], before[0]) > 1e-2
+    assert compiled._DECAYS.builds == built + 1
+    op.to_k[0].bias.data += 1  # leaves no trace; a change of mode forgets
+    model.train().eval()
+    torch.testing.assert_close(graph(image), model(image), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .freq_embed import fit_freq_embed
 from .kernels import step
 from .positionwise import by_position, linear, norm_gate, split_linear
 
@@ -52,6 +53,11 @@ class HeatConduction2d(nn.Module):
         """
         k = cast(nn.Linear, self.to_k[0])
         return decay_map(freq_embed, k.weight, k.bias)
+
+    def decay_of(self, freq_embed: Tensor, size: tuple[int, int]) -> Tensor:
+        """:meth:`decay` for a map of ``size`` from FVEs on their own grid, (H0, W0, C) -> (H, W, C)."""
+        k = cast(nn.Linear, self.to_k[0])
+        return decay_of(freq_embed, k.weight, k.bias, size)
 
     def forward(self, x: Tensor, decay: Tensor) -> Tensor:
         """Apply the operator.
@@ -120,6 +126,12 @@ def decay_map(freq_embed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         k = F.relu(F.linear(freq_embed.to(dtype), weight.to(dtype), bias.to(dtype)))
         frequencies = squared_frequencies(freq_embed.shape[0], freq_embed.shape[1], dtype, freq_embed.device)
         return torch.exp(-frequencies.unsqueeze(-1) * k)
+
+
+@step
+def decay_of(freq_embed: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
+    """:func:`decay_map` of FVEs fitted to a map of ``size``, (H0, W0, C) -> (H, W, C)."""
+    return decay_map(fit_freq_embed(freq_embed, size), weight, bias)
 
 
 def squared_frequencies(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -116,6 +116,8 @@ class Stage(nn.ModuleList):
             sources, dtype = self._decay_sources(freq_embed), compute_type(x)  # half precision takes half the memory
             build = lambda: [decay.to(dtype) for decay in self.decays(freq_embed, size)]  # noqa: E731
             decays = cache.get((id(self), size, dtype), sources, build)
+        elif torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            decays = [block.op.decay_of(freq_embed, size) for block in self.blocks]
         else:
             embed = fit_freq_embed(freq_embed, size)
 
@@ -147,7 +149,7 @@ class Stage(nn.ModuleList):
         return block(x, block.op.decay(cast(Tensor, embed)) if decay is None else decay)
 
     def _may_cache(self, freq_embed: Tensor) -> bool:
-        # A compiled graph computes the decay itself; ``switch_to_deploy`` makes it a constant there.
+        # A compiled graph cannot hold the cache; on the CPU an operator in it does (kernels/compiled.py).
         if self.training or torch.compiler.is_compiling() or type(freq_embed) is not nn.Parameter:
             return False
         return not (torch.is_grad_enabled() and any(p.requires_grad for p in self._decay_sources(freq_embed)))

@@ -42,7 +42,9 @@ _MODULES: dict[str, dict[str, str]] = {
         mlp='positionwise',
         norm_gate='positionwise',
     ),
-    'compiled': dict.fromkeys(('heat_conduction', 'linear', 'split_linear', 'mlp'), 'compiled'),
+    'compiled': dict.fromkeys(
+        ('convolve', 'embed_patches', 'heat_conduction', 'linear', 'split_linear', 'mlp', 'decay_of'), 'compiled'
+    ),
     'triton': dict.fromkeys(('heat_conduction', 'heat_norm_gate', 'add_norm', 'norm_add', 'decay_map'), 'triton'),
 }
 
@@ -136,7 +138,9 @@ def load_compiled() -> None:
 
 
 def forget_prepared(weights: Iterable[Tensor]) -> None:
-    """Drop the layouts that fast forms keep of these weights."""
+    """Drop what fast forms keep of these weights."""
     from . import onednn
 
     onednn.forget(weights)
+    if 'compiled' in _LOADED:
+        _LOADED['compiled'].forget()

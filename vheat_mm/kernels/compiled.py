@@ -1,15 +1,30 @@
 """Fast forms of the CPU inside ``torch.compile``d inference: each is one opaque operator of the graph.
 
-Left to itself the compiler hands float32 products to MKL and makes the MLP's wide map whole, and ends up slower than
-the fast forms run eagerly (docs/performance.md). It still fuses everything between these operators.
+Left to itself the compiler hands float32 products to MKL, makes the MLP's wide map whole, lays convolutions' maps out
+anew and computes every decay at every call, and ends up slower than the fast forms run eagerly. It still fuses
+everything between these operators.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
 
-from . import onednn, positionwise, spectral
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..decay_cache import DecayCache
+from . import convolution, onednn, positionwise, spectral
+
+# Of all compiled graphs: a graph cannot hold on to what it computed in an earlier call.
+_DECAYS = DecayCache()
+
+
+def forget() -> None:
+    """Drop the decays that graphs have computed."""
+    _DECAYS.clear()
 
 
 def _takes(x: Tensor, *others: Tensor) -> bool:
@@ -53,6 +68,42 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     return _mlp(x.to(onednn.compute_type(x)), weight1, bias1, weight2, bias2)
 
 
+def takes_decay_of(freq_embed: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> bool:
+    parameters = (freq_embed, weight, bias)
+    return (
+        freq_embed.device.type == 'cpu'
+        and torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and all(p.dtype is torch.float32 for p in parameters)
+    )
+
+
+def decay_of(freq_embed: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
+    return _decay_of(freq_embed, weight, bias, *size)
+
+
+def takes_convolve(x: Tensor, conv: nn.Conv2d) -> bool:
+    return isinstance(conv.padding, tuple) and _takes(x, conv.weight)
+
+
+def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    x = x.to(onednn.compute_type(x))
+    return _convolve(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.groups)
+
+
+def takes_embed_patches(x: Tensor, conv1: nn.Conv2d, norm1: nn.Module, conv2: nn.Conv2d, norm2: nn.Module) -> bool:
+    return _takes(x, conv1.weight)
+
+
+def embed_patches(x: Tensor, conv1: nn.Conv2d, norm1: nn.Module, conv2: nn.Conv2d, norm2: nn.Module) -> Tensor:
+    parameters, epsilons = [], []
+    for conv, norm in ((conv1, norm1), (conv2, norm2)):
+        layer_norm = cast(nn.Sequential, norm)[1]
+        parameters += [conv.weight, conv.bias, layer_norm.weight, layer_norm.bias]
+        epsilons.append(layer_norm.eps)
+    return _embed_patches(x.to(onednn.compute_type(x)), parameters, epsilons)
+
+
 @torch.library.custom_op('vheat_mm::heat_conduction', mutates_args=())
 def _heat_conduction(x: Tensor, decay: Tensor) -> Tensor:
     return spectral.heat_conduction(x, decay)
@@ -73,6 +124,39 @@ def _mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tens
     return positionwise.mlp(x, weight1, bias1, weight2, bias2)
 
 
+@torch.library.custom_op('vheat_mm::decay_of', mutates_args=())
+def _decay_of(freq_embed: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    from ..heat_conduction import decay_of
+
+    size = (height, width)
+    build = lambda: [decay_of(freq_embed, weight, bias, size)]  # noqa: E731
+    kept = _DECAYS.get((id(weight), size), [freq_embed, weight, bias], build)
+    return kept[0].clone()  # the graph may write into what it is given
+
+
+@torch.library.custom_op('vheat_mm::convolve', mutates_args=())
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], groups: int
+) -> Tensor:
+    weight = onednn.prepared_filter(weight, x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding, groups=groups)
+    return out.permute(0, 2, 3, 1).contiguous()
+
+
+@torch.library.custom_op('vheat_mm::embed_patches', mutates_args=())
+def _embed_patches(x: Tensor, parameters: list[Tensor], epsilons: list[float]) -> Tensor:
+    layers: list[Any] = []
+    for i, eps in enumerate(epsilons):
+        weight, bias, scale, shift = parameters[4 * i : 4 * i + 4]
+        # what the fast form reads of a convolution and a norm; a graph passes tensors, no modules
+        layers.append(
+            SimpleNamespace(weight=weight, bias=bias.to(x.dtype), stride=(2, 2), out_channels=weight.shape[0])
+        )
+        layers.append(partial(F.layer_norm, normalized_shape=scale.shape, weight=scale, bias=shift, eps=eps))
+    return convolution.embed_patches(x, *layers).to(x.dtype)
+
+
 @_heat_conduction.register_fake
 def _(x: Tensor, decay: Tensor) -> Tensor:
     return x.new_empty(x.shape)
@@ -91,3 +175,23 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @_mlp.register_fake
 def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight2.shape[0])
+
+
+@_decay_of.register_fake
+def _(freq_embed: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    return freq_embed.new_empty(height, width, freq_embed.shape[2])
+
+
+@_convolve.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], groups: int) -> Tensor:
+    sides = [
+        (side + 2 * p - k) // s + 1
+        for side, p, k, s in zip(x.shape[1:3], padding, weight.shape[2:], stride, strict=True)
+    ]
+    return x.new_empty(x.shape[0], *sides, weight.shape[0])
+
+
+@_embed_patches.register_fake
+def _(x: Tensor, parameters: list[Tensor], epsilons: list[float]) -> Tensor:
+    sides = [(side + 3) // 4 for side in x.shape[1:3]]
+    return x.new_empty(x.shape[0], *sides, parameters[4].shape[0])
