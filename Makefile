@@ -31,10 +31,11 @@ test: setup ## all tests
 speed: setup ## ratios to Swin-T that must hold on 2 quiet CPU cores, about 6 minutes
 	@$(RUN) -m pytest tests/speed/speed.py
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy, README's tables of models
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
+	@$(RUN) tools/misc/update_model_tables.py --check
 
 format: setup ## let ruff rewrite what it can
 	@$(RUN) -m ruff check --fix .

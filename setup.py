@@ -30,7 +30,7 @@ EXTRAS = {
     # mmseg imports ftfy and regex at start-up but does not ask pip for them.
     'seg': ['mmsegmentation>=1.1.0,<1.3.0', 'ftfy', 'regex'],
     'cls': ['mmpretrain>=1.1.0,<1.3.0'],
-    'hub': ['safetensors>=0.4'],
+    'hub': ['safetensors>=0.4', 'huggingface_hub>=1.0'],
     'demo': ['scikit-image>=0.22', 'scipy>=1.10', 'pycocotools>=2.0.7', 'matplotlib>=3.7'],
     'dev': ['pytest>=8', 'pytest-benchmark>=4', 'scipy>=1.10', 'ruff>=0.9', 'mypy>=1.10', 'pre-commit>=3.5'],
     # torch's CUDA builds bring it; on the CPU its interpreter runs the kernels' tests

@@ -9,7 +9,8 @@ from . import release as release
 from .compat import register_safe_globals
 from .version import __version__
 from .vheat import VHeat
+from .zoo import create_model, list_models
 
 register_safe_globals()
 
-__all__ = ['VHeat', '__version__']
+__all__ = ['VHeat', '__version__', 'create_model', 'list_models']

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .arch import read_arch, read_out_indices
 from .decay_cache import DecayCache
+from .feature_info import FeatureInfo
 from .freq_embed import NUM_STAGES, fit_freq_embed, grid_sizes, resize_freq_embed, to_pair
 from .heat_conduction import HeatConduction2d
 from .kernels import forget_prepared, load_compiled
@@ -265,6 +266,14 @@ class VHeat(BaseModule):
                 # were one, without an error, and the heads behind it never learn.
                 outputs.append(normed.permute(0, 3, 1, 2).contiguous())
         return tuple(outputs)
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        """The outputs, one dict each: channels ``num_chs``, stride ``reduction``, ``module``, stage ``index``."""
+        return FeatureInfo(
+            dict(num_chs=self.num_features[i], reduction=4 << i, module=f'outnorm{i}', index=i)
+            for i in self.out_indices
+        )
 
     def init_weights(self) -> None:
         """Apply ``init_cfg``; a ``Pretrained`` entry is loaded last, checked key by key and reported."""

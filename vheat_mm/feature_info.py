@@ -1,0 +1,30 @@
+"""What a model's feature maps are, in timm's spelling, for code that builds a neck or a decoder on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FeatureInfo(list[dict[str, Any]]):
+    """One dict per feature map, shallow to deep: a list, as timm's backbones hold it, with the accessors of timm's
+    ``features_only`` models.
+
+    Keys of a dict:
+        num_chs: Channels.
+        reduction: Stride in pixels: an image of H pixels gives a map of H / reduction, rounded up.
+        module: Name of the module that computes it in the model's ``named_modules()``; its own output is
+            (B, H, W, C).
+        index: Stage, 0 to 3.
+    """
+
+    def channels(self) -> list[int]:
+        """Channels of every map."""
+        return [entry['num_chs'] for entry in self]
+
+    def reduction(self) -> list[int]:
+        """Stride of every map, in pixels."""
+        return [entry['reduction'] for entry in self]
+
+    def module_name(self) -> list[str]:
+        """Name of the module behind every map."""
+        return [entry['module'] for entry in self]
