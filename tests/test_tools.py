@@ -423,12 +423,28 @@ def test_fine_tuning_takes_the_backbone_of_another_task(detector, segmentor, tmp
     assert 'not of this model, dropped: decode_head' in log
 
 
-@pytest.mark.parametrize('flags', [['--tta'], ['--tta', '--show-dir', 'x']])
-def test_tta_of_masks_is_refused_before_loading(detector, monkeypatch, capfd, flags):
+def test_tta_of_masks(detector):
+    """Without a word of it in the config: flips and scales, masks in the predictions and in the score."""
+    flags = ('--tta', '--out', 'tta.pkl', '--show-dir', 'tta_painted')
+    log = run(TOOLS / 'test.py', 'detection.py', detector / 'run' / 'epoch_2.pth', *flags, cwd=detector).stdout
+    assert 'segm_mAP' in log
+    results = pickle.loads((detector / 'tta.pkl').read_bytes())
+    assert any(len(result['pred_instances']['masks']) for result in results)
+    assert len(list((detector / 'tta_painted').iterdir())) == len(results)
+
+
+def test_tta_of_views_without_metadata(detector, monkeypatch, capfd):
     monkeypatch.chdir(detector)
-    message = in_process(capfd, run_testing, 'detection.py', 'no_such_checkpoint.pth', *flags)
-    assert 'masks in test-time augmentation' in message
-    assert 'drop --tta' in message
+    pack = "dict(type='PackDetInputs',meta_keys=('img_id','img_path','ori_shape','img_shape','scale_factor'))"
+    config = f"""_base_ = ['detection.py']
+tta_pipeline = [
+    dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64), keep_ratio=True),
+    dict(type='TestTimeAug', transforms=[[dict(type='RandomFlip', prob=1.0)], [{pack}]])]
+"""
+    Path('no_flip.py').write_text(config)
+    message = in_process(capfd, run_testing, 'no_flip.py', 'run/epoch_2.pth', '--tta')
+    assert 'comes without flip' in message
+    assert 'meta_keys' in message
 
 
 def test_tta_of_boxes(detector, tmp_path):

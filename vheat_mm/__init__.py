@@ -6,6 +6,7 @@ Importing registers: ``VHeat`` and the release's spellings as models, this packa
 
 from . import hooks as hooks
 from . import release as release
+from . import tta as tta
 from .compat import register_safe_globals
 from .version import __version__
 from .vheat import VHeat

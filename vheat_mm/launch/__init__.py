@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 
 from . import cpu_amp as cpu_amp  # registers the optimizer wrapper
 from . import safe_io
+from .augment import apply_tta
 from .config import (
     add_hook,
     apply_amp,
@@ -22,7 +23,7 @@ from .config import (
 )
 from .distributed import leave, paint_in_every_process, set_up_processes, tear_down_processes
 from .errors import SetupEndHook, ToolError, run_reporting_errors
-from .outputs import apply_out, apply_show, apply_tta
+from .outputs import apply_out, apply_show
 
 __all__ = ['leave', 'run_testing', 'run_training']
 

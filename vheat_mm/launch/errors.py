@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 
 from ..checkpoint import CheckpointError
 from ..hooks import AnnotationError
+from ..tta import ViewError
 
 SHOW_TRACEBACK = 'VHEAT_TRACEBACK'
 # Status of a run that ended with a message; a crash with a traceback has Python's 1.
@@ -64,7 +65,7 @@ def run_reporting_errors(body: Callable[[SetupEndHook], None]) -> int:
         return INTERRUPTED
     except Exception as error:
         _let_others_go_first(error)
-        known = isinstance(error, (ToolError, CheckpointError, AnnotationError, OSError))
+        known = isinstance(error, (ToolError, CheckpointError, AnnotationError, ViewError, OSError))
         if phase.finished and not known:
             raise
         if os.environ.get(SHOW_TRACEBACK) == '1':

@@ -1,17 +1,14 @@
-"""Results of testing beyond the metrics: predictions in files, painted images, test-time augmentation."""
+"""Results of testing beyond the metrics: predictions in files, painted images."""
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 from pathlib import Path
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 
 from .errors import ToolError
-
-_MASK_HEADS = ('mask_head', 'panoptic_head', 'panoptic_fusion_head')
 
 
 def apply_out(cfg: Config, out: str) -> None:
@@ -61,54 +58,3 @@ def apply_show(cfg: Config, show: bool, show_dir: str | None, wait_time: float, 
         hook.test_out_dir = folder
     elif folder:
         cfg.visualizer.vis_backends = [dict(type='LocalVisBackend', img_save_dir=folder)]
-
-
-def apply_tta(cfg: Config) -> None:
-    """``--tta``, in place: the config's own test-time augmentation; without one, flips where the library merges them.
-
-    Raises:
-        ToolError: Masks in detection; segmentation without ``tta_pipeline``.
-    """
-    scope = cfg.default_scope
-    if scope == 'mmdet' and has_mask_head(cfg.model):
-        raise ToolError('masks in test-time augmentation of detectors are not supported yet: drop --tta')
-    if scope == 'mmseg' and not cfg.get('tta_pipeline'):
-        raise ToolError(
-            '--tta: the config has no tta_pipeline; define one as in mmseg::_base_/datasets/ade20k.py, '
-            'with the scales and flips to average over'
-        )
-    dataset = cfg.test_dataloader.dataset
-    while 'pipeline' not in dataset and 'dataset' in dataset:
-        dataset = dataset.dataset
-    if not cfg.get('tta_pipeline'):
-        cfg.tta_pipeline = flip_pipeline(dataset.pipeline, scope)
-    dataset.pipeline = cfg.tta_pipeline
-    tta_model = cfg.get('tta_model') or default_tta_model(scope)
-    cfg.model = ConfigDict(**tta_model, module=cfg.model)
-
-
-def has_mask_head(node: object) -> bool:
-    """Whether a (nested) model config predicts instance masks."""
-    if isinstance(node, (list, tuple)):
-        return any(map(has_mask_head, node))
-    if not isinstance(node, dict):
-        return False
-    return any(node.get(name) is not None for name in _MASK_HEADS) or any(map(has_mask_head, node.values()))
-
-
-def flip_pipeline(pipeline: list[dict], scope: str) -> list[dict]:
-    """A test pipeline whose images are seen as they are and mirrored."""
-    *steps, pack = copy.deepcopy(pipeline)
-    if scope == 'mmdet':  # merging boxes takes to know what was mirrored
-        default = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
-        pack['meta_keys'] = (*pack.get('meta_keys', default), 'flip', 'flip_direction')
-    flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
-    return [*steps, dict(type='TestTimeAug', transforms=[flips, [pack]])]
-
-
-def default_tta_model(scope: str) -> dict:
-    """What merges the predictions where the config has no ``tta_model``."""
-    if scope == 'mmdet':
-        nms = dict(type='nms', iou_threshold=0.5)
-        return dict(type='DetTTAModel', tta_cfg=dict(nms=nms, max_per_img=100))
-    return dict(type='SegTTAModel' if scope == 'mmseg' else 'AverageClsScoreTTA')

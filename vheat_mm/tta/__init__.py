@@ -1,0 +1,7 @@
+"""Test-time augmentation: views of an image, and one prediction of a detector from several of them."""
+
+from .crop import CropAt
+from .model import InstanceSegTTAModel
+from .views import ViewError
+
+__all__ = ['CropAt', 'InstanceSegTTAModel', 'ViewError']
