@@ -258,6 +258,54 @@ def test_queries_are_matched_and_averaged():
     torch.testing.assert_close(merged[1][2], other[2] * 0.5)
 
 
+def mask_transformer(panoptic: bool) -> torch.nn.Module:
+    torch.manual_seed(0)
+    suffix = '-panoptic' if panoptic else ''
+    cfg = Config.fromfile(CONFIGS / 'detection' / f'mask2former_vheat-t_8xb2-lsj-50e_coco{suffix}.py').model
+    arch = dict(embed_dims=8, depths=(1, 1, 1, 1), post_norm=False, layer_scale=None)
+    cfg.backbone.update(arch=arch, img_size=64, init_cfg=None)
+    head = cfg.panoptic_head
+    head.update(in_channels=[8, 16, 32, 64], num_queries=6)
+    head.pixel_decoder.encoder.num_layers = head.transformer_decoder.num_layers = 1
+    cfg.test_cfg.update(max_per_image=5, object_mask_thr=0.0)
+    model = MODELS.build(cfg).eval()
+    torch.nn.init.normal_(model.panoptic_head.query_feat.weight, std=3)
+    torch.nn.init.normal_(model.panoptic_head.cls_embed.weight, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize('direction', [None, 'horizontal', 'vertical'])
+@pytest.mark.parametrize('panoptic', [False, True], ids=['instance', 'panoptic'])
+def test_mask_transformers(panoptic, direction):
+    """Identical views, or views of which the detector knows that they are mirrored, give the result of one."""
+    model = mask_transformer(panoptic)
+    with torch.no_grad():
+        expected = model.test_step(view(images()))
+    predict = model.panoptic_head.predict
+
+    def knows(features, samples):
+        """What the head says of the plain image, mirrored where the view is, in another order of queries."""
+        if not samples[0].flip:
+            return predict(features, samples)
+        axes = dict(horizontal=[-1], vertical=[-2])[samples[0].flip_direction]
+        data = model.data_preprocessor(view(images()), False)
+        classes, masks = predict(model.extract_feat(data['inputs']), data['data_samples'])
+        order = torch.tensor([3, 1, 5, 0, 2, 4])
+        for i, (h, w) in enumerate(SIZES):
+            masks[i, :, :h, :w] = masks[i, :, :h, :w].flip(axes)
+        return classes[:, order], masks[:, order]
+
+    model.panoptic_head.predict = knows
+    data = stack(view(images()), view(images(), direction), view(images()))
+    for result, one in zip(InstanceSegTTAModel(model).test_step(data), expected, strict=True):
+        if panoptic:
+            found_map, map_of_one = result.pred_panoptic_seg.sem_seg, one.pred_panoptic_seg.sem_seg
+            assert len(map_of_one.unique()) > 1
+            assert (found_map != map_of_one).float().mean() < 1e-2
+        else:
+            assert_same(result.pred_instances, one.pred_instances, atol=1.5)
+
+
 @pytest.mark.parametrize('key', ['flip', 'scale_factor', 'ori_shape'])
 def test_missing_metadata_is_named(key):
     data = stack(view(images()), view(images(), 'horizontal'))

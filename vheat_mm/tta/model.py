@@ -17,6 +17,7 @@ from .queries import QueryMerger
 from .views import check_views, flip_boxes, flip_maps, to_view
 
 View = dict[str, list]
+_PLAIN = ('StandardRoIHead', 'CascadeRoIHead', 'PointRendRoIHead')
 
 
 @MODELS.register_module()
@@ -60,7 +61,7 @@ class InstanceSegTTAModel(BaseTTAModel):
                 return self._merge_queries
         elif not getattr(module, 'with_mask', False):
             return self._merge_boxes
-        elif getattr(module, 'with_rpn', False) and hasattr(_mask_head(module), '_predict_by_feat_single'):
+        elif getattr(module, 'with_rpn', False) and module.roi_head.with_mask and _has_plain_masks(module.roi_head):
             return self._merge_rois
         raise TypeError(
             f'test-time augmentation does not know how {type(module).__name__} predicts masks; it merges those of RoI '
@@ -145,7 +146,7 @@ class InstanceSegTTAModel(BaseTTAModel):
             InstanceData(bboxes=to_view(result.bboxes, meta), labels=result.labels, scores=result.scores)
             for result, meta in zip(merged, metas, strict=True)
         ]
-        with _recorded(_mask_head(self.module)) as calls:
+        with _recorded(_mask_head(self.module.roi_head)) as calls:
             # Cascades would flip masks by themselves, by negative strides, which PyTorch does not have.
             self.module.roi_head.predict_mask(features, [dict(meta, flip=False) for meta in metas], placed)
         [(masks, activated)] = calls
@@ -158,7 +159,7 @@ class InstanceSegTTAModel(BaseTTAModel):
 
     def _paste(self, result: InstanceData, probabilities: Tensor, meta: Mapping) -> InstanceData:
         """Masks of the image's size from probabilities (n, h, w) in the boxes."""
-        head = _mask_head(self.module)
+        head = _mask_head(self.module.roi_head)
         classes = 1 if head.class_agnostic else head.num_classes
         [result] = head.predict_by_feat(
             mask_preds=[torch.logit(probabilities, eps=1e-6)[:, None].expand(-1, classes, -1, -1)],
@@ -170,8 +171,17 @@ class InstanceSegTTAModel(BaseTTAModel):
         return result
 
 
-def _mask_head(module: nn.Module) -> Any:
-    head = getattr(getattr(module, 'roi_head', None), 'mask_head', None)
+def _has_plain_masks(roi_head: Any) -> bool:
+    """Whether masks depend on features and boxes alone, and scores do not depend on masks.
+
+    Not so in HTC and SCNet (semantic features) and Mask Scoring R-CNN, which bring a prediction of their own.
+    """
+    methods = (type(roi_head).predict_bbox, type(roi_head).predict_mask)
+    return all(method.__qualname__.split('.')[0] in _PLAIN for method in methods)
+
+
+def _mask_head(roi_head: Any) -> Any:
+    head = getattr(roi_head, 'mask_head', None)
     return head[-1] if isinstance(head, nn.ModuleList) else head
 
 
