@@ -34,6 +34,19 @@ RECIPES = {
     'classification/vheat-s_16xb128_in1k.py': ('small', 0.3, 128),
     'classification/vheat-b_16xb128_in1k.py': ('base', 0.5, 128),
 }
+# Swin's configs, each with the vHeat config from which it differs in the backbone only
+BASELINES = {
+    f'{task}/{name.format(f"swin-{size}")}.py': f'{task}/{name.format(f"vheat-{size}")}.py'
+    for task, name in (
+        ('detection', 'mask-rcnn_{}_fpn_1x_coco'),
+        ('segmentation', '{}_upernet_8xb2-160k_ade20k-512x512'),
+    )
+    for size in 'tsb'
+}
+# Plain variables that came with the bases: once a config is read, nothing looks at them.
+VARIABLES = {'vheat', 'pretrained', 'checkpoint', 'checkpoint_file'}
+# Swin's rules in the paramwise_cfg that ours inherit; vHeat has no such parameters.
+RULES_OF_SWIN = {'absolute_pos_embed', 'relative_position_bias_table'}
 SWIN = {
     'detection': 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
     'segmentation': 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
@@ -62,7 +75,36 @@ def task(name: str) -> str:
 
 def test_every_leaf_config_is_in_the_table():
     leaves = {str(p.relative_to(ROOT)) for t in SWIN for p in (ROOT / t).glob('*.py')}
-    assert leaves == set(RECIPES)
+    from test_heads import HEADS  # which takes this file's tools
+
+    assert leaves == set(RECIPES) | set(BASELINES) | set(HEADS)
+
+
+@pytest.mark.parametrize('name', BASELINES)
+def test_baseline_differs_in_the_backbone_only(name):
+    baseline, ours = (load(config).to_dict() for config in (name, BASELINES[name]))
+    swin, vheat = (cfg['model'].pop('backbone') for cfg in (baseline, ours))
+    assert (swin['type'], vheat['type']) == ('SwinTransformer', 'VHeat')
+    for cfg in (baseline, ours):
+        for variable in VARIABLES:
+            cfg.pop(variable, None)
+    assert baseline.keys() == ours.keys()
+    for key, value in baseline.items():
+        assert value == ours[key], key
+
+
+@pytest.mark.parametrize('name', BASELINES)
+def test_baseline_is_swin_as_published(name):
+    """Size, weights and stochastic depth; outputs as wide as the head expects."""
+    cfg = load(name)
+    assert len((ROOT / name).read_text().splitlines()) <= 15
+    backbone = cfg.model.backbone
+    size = dict(tiny=('tiny', 96, 6), small=('small', 96, 18), base=('base', 128, 18))[RECIPES[BASELINES[name]][0]]
+    assert f'swin_{size[0]}_patch4_window7_224' in backbone.init_cfg.checkpoint
+    assert (backbone.embed_dims, backbone.depths, backbone.window_size) == (size[1], [2, 2, size[2], 2], 7)
+    assert backbone.drop_path_rate == (0.3 if task(name) == 'segmentation' or size[0] == 'base' else 0.2)
+    head = cfg.model.neck if task(name) == 'detection' else cfg.model.decode_head
+    assert head.in_channels == MODELS.build(backbone).num_features
 
 
 @pytest.mark.parametrize('name', RECIPES)
@@ -115,7 +157,7 @@ def swin_head_keys(task_name: str) -> set[str]:
 
 @pytest.mark.parametrize('name', RECIPES)
 def test_state_dict_and_weight_decay_groups(name):
-    """Keys and shapes are the release's, which had the Swin baseline's heads; every decay rule finds parameters."""
+    """Keys and shapes are the release's, which had the Swin baseline's heads; each rule of ours finds parameters."""
     cfg = load(name)
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
@@ -141,8 +183,9 @@ def test_state_dict_and_weight_decay_groups(name):
             continue
         free = parameter.ndim == 1 if task(name) == 'classification' else 'norm' in key
         assert decays[id(parameter)] == (0 if free else default), key
-    for key in cfg.optim_wrapper.paramwise_cfg.get('custom_keys', {}):
-        assert any(key in parameter for parameter, _ in model.named_parameters()), key
+    rules = cfg.optim_wrapper.paramwise_cfg.get('custom_keys', {})
+    unused = {key for key in rules if not any(key in parameter for parameter, _ in model.named_parameters())}
+    assert unused == (set() if task(name) == 'classification' else RULES_OF_SWIN)
 
 
 def shrink(cfg: Config) -> None:

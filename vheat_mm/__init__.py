@@ -5,6 +5,7 @@ Importing registers: ``VHeat`` and the release's spellings as models, this packa
 """
 
 from . import hooks as hooks
+from . import layer_decay as layer_decay
 from . import release as release
 from . import tta as tta
 from .compat import register_safe_globals
