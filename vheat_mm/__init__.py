@@ -1,7 +1,8 @@
 """vHeat for OpenMMLab: the heat conduction backbone under any MMEngine config.
 
-Importing registers: ``VHeat`` and the release's spellings as models, this package's hooks, and the classes named in
-:mod:`vheat_mm.compat` with PyTorch's safe loader. Nothing else happens, and only torch and mmengine are needed.
+Importing registers: ``VHeat`` and the release's spellings as models, this package's hooks, optimizer constructor and
+test-time augmentation, and the classes named in :mod:`vheat_mm.compat` with PyTorch's safe loader. Nothing else
+happens, and only torch and mmengine are needed.
 """
 
 from . import hooks as hooks

@@ -66,6 +66,7 @@ def read_config(args: argparse.Namespace) -> Config:
     path = Path(args.config)
     if not path.is_file():
         raise ToolError(f'there is no config {args.config!r} (working directory {Path.cwd()})')
+    ensure_torchvision()  # mmdet and mmpretrain import it, which custom_imports of a config may do
     try:
         cfg = Config.fromfile(path)
     except Exception as error:
@@ -88,7 +89,6 @@ def read_config(args: argparse.Namespace) -> Config:
         raise ToolError(f'{args.config!r} defines no model')
     if importlib.util.find_spec(scope) is None:
         raise ToolError(f'{args.config!r} needs {scope}, which is not installed: pip install {SCOPES[scope]}')
-    ensure_torchvision()  # mmdet and mmpretrain import it
     init_default_scope(scope)
     return cfg
 
