@@ -307,6 +307,30 @@ def test_compiled_graph_keeps_decays_until_weights_change(make_vheat):
     torch.testing.assert_close(graph(image), model(image), rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_graph_trains_what_is_not_frozen(make_vheat):
+    """Norms and biases alone (BitFit): no opaque operator, which has no gradients, may stand in their way."""
+    model, image = make_vheat(), torch.randn(1, 3, 64, 64)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.ndim == 1)
+    gradients = []
+    for network in (model, torch.compile(model, backend='aot_eager', fullgraph=True)):
+        model.zero_grad()
+        sum(o.square().sum() for o in network(image)).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_graph_takes_weights_of_inference_mode(make_vheat):
+    with torch.inference_mode():
+        model, image = make_vheat().eval(), torch.randn(1, 3, 64, 64)
+        graph = torch.compile(model, backend='aot_eager')
+        for dtype in (torch.float32, torch.bfloat16):
+            with torch.autocast('cpu', dtype, enabled=dtype is torch.bfloat16):
+                for a, b in zip(graph(image), model(image), strict=True):
+                    assert error(a, b.double()) < 0.03
+
+
 @torch.no_grad()
 def test_exported_graph_needs_nothing_of_ours(make_vheat):
     exported = torch.export.export(make_vheat().eval(), (torch.randn(1, 3, 64, 64),))

@@ -141,6 +141,7 @@ def forget_prepared(weights: Iterable[Tensor]) -> None:
     """Drop what fast forms keep of these weights."""
     from . import onednn
 
+    weights = list(weights)
     onednn.forget(weights)
     if 'compiled' in _LOADED:
-        _LOADED['compiled'].forget()
+        _LOADED['compiled'].forget(weights)

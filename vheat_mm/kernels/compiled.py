@@ -7,6 +7,7 @@ everything between these operators.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,15 +23,19 @@ from . import convolution, onednn, positionwise, spectral
 _DECAYS = DecayCache()
 
 
-def forget() -> None:
-    """Drop the decays that graphs have computed."""
-    _DECAYS.clear()
+def forget(weights: Iterable[Tensor]) -> None:
+    """Drop the decays that graphs have computed from these weights."""
+    ids = {id(weight) for weight in weights}
+    _DECAYS.clear(lambda key: key[0] in ids)
 
 
-def _takes(x: Tensor, *others: Tensor) -> bool:
-    if x.device.type != 'cpu' or x.ndim != 4 or not torch.compiler.is_compiling():
+_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+
+
+def _takes(x: Tensor, *others: Tensor | None) -> bool:
+    if not _AVAILABLE or x.device.type != 'cpu' or x.ndim != 4 or not torch.compiler.is_compiling():
         return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
         return False
     return onednn.compute_type(x) in onednn.TYPES
 
@@ -44,7 +49,7 @@ def heat_conduction(x: Tensor, decay: Tensor) -> Tensor:
 
 
 def takes_split_linear(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    return _takes(x, weight)
+    return _takes(x, weight, bias)
 
 
 def split_linear(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +58,7 @@ def split_linear(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
 
 
 def takes_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return bias is not None and _takes(x, weight)
+    return bias is not None and _takes(x, weight, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def takes_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> bool:
-    return _takes(x, weight1)
+    return _takes(x, weight1, bias1, weight2, bias2)
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
@@ -83,7 +88,7 @@ def decay_of(freq_embed: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, 
 
 
 def takes_convolve(x: Tensor, conv: nn.Conv2d) -> bool:
-    return isinstance(conv.padding, tuple) and _takes(x, conv.weight)
+    return isinstance(conv.padding, tuple) and _takes(x, conv.weight, conv.bias)
 
 
 def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -92,7 +97,7 @@ def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def takes_embed_patches(x: Tensor, conv1: nn.Conv2d, norm1: nn.Module, conv2: nn.Conv2d, norm2: nn.Module) -> bool:
-    return _takes(x, conv1.weight)
+    return _takes(x, *(p for module in (conv1, norm1, conv2, norm2) for p in module.parameters()))
 
 
 def embed_patches(x: Tensor, conv1: nn.Conv2d, norm1: nn.Module, conv2: nn.Conv2d, norm2: nn.Module) -> Tensor:
@@ -138,7 +143,7 @@ def _decay_of(freq_embed: Tensor, weight: Tensor, bias: Tensor, height: int, wid
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], groups: int
 ) -> Tensor:
-    weight = onednn.prepared_filter(weight, x.dtype)
+    weight = onednn.prepared_filter(weight, x.dtype).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding, groups=groups)
     return out.permute(0, 2, 3, 1).contiguous()

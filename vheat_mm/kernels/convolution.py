@@ -42,7 +42,8 @@ def _rows(conv: nn.Conv2d, x: Tensor, at_top: bool, at_bottom: bool, whole: bool
         border = 1
     elif at_top or at_bottom:
         x = F.pad(x, (0, 0, 0, 0, int(at_top), int(at_bottom)))
-    weight = onednn.prepared_filter(conv.weight, onednn.compute_type(x))
+    dtype = onednn.compute_type(x)
+    weight = onednn.prepared_filter(conv.weight, dtype).to(dtype)
     out = F.conv2d(x.permute(0, 3, 1, 2), weight, conv.bias, conv.stride, (border, 1))
     return out.permute(0, 2, 3, 1)
 

@@ -151,6 +151,8 @@ def prepared_filter(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _kept(weight: Tensor) -> dict[tuple[torch.dtype, int], Any]:
+    if weight.is_inference():
+        return {}  # such a tensor keeps no version: changes would go unseen
     state = (weight.data_ptr(), weight._version, weight.dtype)
     kept = _PREPARED.get(weight)
     if kept is None or kept[0] != state:
