@@ -320,6 +320,13 @@ def test_unknown_options_and_heads_are_refused():
     model = detector('boxes')
     with pytest.raises(TypeError, match="tta_cfg takes nms and max_per_img, got \\['score_thr'\\]"):
         InstanceSegTTAModel(model, tta_cfg=dict(score_thr=0.1))
+    with pytest.raises(TypeError, match=r"tta_cfg.nms=\{'type': 'soft_nms'\}"):
+        InstanceSegTTAModel(model, tta_cfg=dict(nms=dict(type='soft_nms')))
+    kind = type('RTMDetInsHead', (torch.nn.Identity,), {})
+    model.bbox_head = kind()
+    with pytest.raises(TypeError, match='does not know how MaskRCNN predicts masks'):
+        InstanceSegTTAModel(model)
+    del model.bbox_head
     model.mask_head = torch.nn.Identity()
     with pytest.raises(TypeError, match='does not know how MaskRCNN predicts masks'):
         InstanceSegTTAModel(model)
@@ -346,6 +353,72 @@ def test_views_of_pipelines():
     assert [step['position'] for step in augment['transforms'][0]] == list(CROPS)
 
 
+def test_views_of_unusual_pipelines():
+    """Flips come before padding; sides as one number, scopes in names and classes are understood."""
+    pad, pack = dict(type='Pad', size_divisor=32), dict(type='PackDetInputs')
+    first, augment = detector_views([dict(type='Resize', scale_factor=1.0), pad, pack])
+    assert first['type'] == 'Resize'
+    assert [step[0]['type'] for step in augment['transforms']] == ['RandomFlip', 'Pad', 'PackDetInputs']
+    for kind in ('mmdet.Resize', type('Resize', (), {})):
+        [augment] = detector_views([dict(type=kind, scale=640), pack])
+        assert [step['scale'] for step in augment['transforms'][0]] == [(640, 640), (800, 800)]
+
+
+@pytest.mark.parametrize('name', sorted(p.name for p in (CONFIGS / 'detection').glob('*vheat-t*.py')))
+def test_every_detector_config(name):
+    """``--tta`` on the config as it is, with the model narrowed: one prediction of four views."""
+    from test_heads import narrow
+
+    cfg = Config.fromfile(CONFIGS / 'detection' / name)
+    own = cfg.get('tta_pipeline')  # mmdet's RetinaNet has one
+    apply_tta(cfg)
+    augment = cfg.test_dataloader.dataset.pipeline[-1]
+    assert own or [len(choices) for choices in augment.transforms[:2]] == [2, 2]
+    narrow(cfg.model)
+    tta = MODELS.build(cfg.model).eval()
+    views = [view(images(), direction, factor) for factor in (1.0, 1.25) for direction in (None, 'horizontal')]
+    for sample in tta.test_step(stack(*views)):
+        if 'pred_panoptic_seg' in sample:
+            assert sample.pred_panoptic_seg.sem_seg.shape[-2:] == sample.ori_shape
+            continue
+        result = sample.pred_instances
+        assert ('masks' in result) == ('mask' in name)
+        assert len(result) <= 300
+        if 'masks' in result:
+            assert result.masks.shape == (len(result), *sample.ori_shape)
+
+
+def test_one_image_of_a_batch_without_objects():
+    model = detector('mask')
+    predict = model.roi_head.predict_bbox
+    model.roi_head.predict_bbox = lambda *args, **kwargs: [
+        r[:0] if i else r for i, r in enumerate(predict(*args, **kwargs))
+    ]
+    first, second = found(InstanceSegTTAModel(model).test_step(stack(view(images()), view(images()))))
+    assert first.masks.any()
+    assert second.masks.shape == (0, *SIZES[1])
+
+
+def test_labels_of_classifiers_follow_the_average():
+    pytest.importorskip('mmpretrain')
+    from mmpretrain.structures import DataSample
+
+    from vheat_mm.tta import ClsTTAModel
+
+    class Model(torch.nn.Module):
+        def test_step(self, data):
+            return data
+
+    views = [
+        DataSample().set_pred_score(torch.tensor(score)).set_pred_label(label).set_gt_label(1)
+        for score, label in (([0.6, 0.4], 0), ([0.1, 0.9], 1))
+    ]
+    [merged] = ClsTTAModel(Model()).merge_preds([views])
+    assert merged.pred_score.tolist() == pytest.approx([0.35, 0.65])
+    assert merged.pred_label.tolist() == [1]
+    assert merged.gt_label.tolist() == [1]
+
+
 def test_crop_at():
     image = np.arange(5 * 7).reshape(5, 7, 1)
     assert CropAt((3, 3), 'bottom_right')(dict(img=image))['img'][-1, -1, 0] == 34
@@ -358,6 +431,13 @@ def test_crop_at():
         CropAt(3, 'left')
     with pytest.raises(ValueError, match='crop_size=0'):
         CropAt(0)
+
+
+def test_concatenated_data_sets_are_refused():
+    cfg = Config.fromfile(CONFIGS / 'demo' / 'mask-rcnn_vheat-demo_coins.py')
+    cfg.test_dataloader.dataset = dict(type='ConcatDataset', datasets=[cfg.test_dataloader.dataset])
+    with pytest.raises(ToolError, match='ConcatDataset without a pipeline'):
+        apply_tta(cfg)
 
 
 def test_a_model_that_merges_boxes_only_is_refused_under_a_mask_head():

@@ -19,7 +19,8 @@ def apply_tta(cfg: Config) -> None:
     """``--tta``, in place: the config's ``tta_pipeline`` and ``tta_model``, or ours where it has none.
 
     Raises:
-        ToolError: Segmentation without ``tta_pipeline``; a model that merges boxes only under a mask head.
+        ToolError: Segmentation without ``tta_pipeline``; a concatenated data set; a model that merges boxes only under
+            a mask head.
     """
     scope = cfg.default_scope
     if scope == 'mmseg' and not cfg.get('tta_pipeline'):
@@ -30,6 +31,11 @@ def apply_tta(cfg: Config) -> None:
     dataset = cfg.test_dataloader.dataset
     while 'pipeline' not in dataset and 'dataset' in dataset:
         dataset = dataset.dataset
+    if 'pipeline' not in dataset:
+        raise ToolError(
+            f'--tta: test_dataloader.dataset is a {dataset.get("type")} without a pipeline of its own, '
+            'where augmentation would go: test its data sets one by one'
+        )
     if not cfg.get('tta_pipeline'):
         cfg.tta_pipeline = (detector_views if scope == 'mmdet' else classifier_views)(dataset.pipeline)
     dataset.pipeline = cfg.tta_pipeline
@@ -42,7 +48,7 @@ def apply_tta(cfg: Config) -> None:
     cfg.model = ConfigDict(**tta_model, module=cfg.model)
 
 
-DEFAULT_MODELS = dict(mmdet='InstanceSegTTAModel', mmseg='SegTTAModel', mmpretrain='AverageClsScoreTTA')
+DEFAULT_MODELS = dict(mmdet='InstanceSegTTAModel', mmseg='SegTTAModel', mmpretrain='ClsTTAModel')
 
 
 def predicts_masks(node: object) -> bool:
@@ -52,28 +58,44 @@ def predicts_masks(node: object) -> bool:
     if not isinstance(node, dict):
         return False
     heads = ('mask_head', 'panoptic_head', 'panoptic_fusion_head')
-    return any(node.get(name) is not None for name in heads) or any(map(predicts_masks, node.values()))
+    named = any(node.get(name) is not None for name in heads) or 'RTMDetIns' in str(node.get('type'))
+    return named or any(map(predicts_masks, node.values()))
 
 
 def detector_views(pipeline: list[dict]) -> list[dict]:
     """A test pipeline of mmdet whose images are seen at :data:`SCALES`, as they are and mirrored."""
     *steps, pack = copy.deepcopy(pipeline)
     pack['meta_keys'] = tuple(dict.fromkeys((*pack.get('meta_keys', ()), *_META_KEYS)))
-    resize = next((i for i, step in enumerate(steps) if step.get('type') == 'Resize' and 'scale' in step), None)
+    resize = _find(steps, 'Resize', 'scale')
     if resize is None:
-        return [*steps, dict(type='TestTimeAug', transforms=[list(FLIPS), [pack]])]
+        place = _find(steps, 'Pad')  # padding lies to the right and below, and stays there only if it comes last
+        place = len(steps) if place is None else place
+        return _split(steps[:place], [list(FLIPS)], [*steps[place:], pack])
     own = steps[resize]
-    scaled = [dict(own, scale=tuple(round(side * factor) for side in own['scale'])) for factor in SCALES]
-    rest = [[step] for step in (*steps[resize + 1 :], pack)]
-    return [*steps[:resize], dict(type='TestTimeAug', transforms=[scaled, list(FLIPS), *rest])]
+    sides = (own['scale'],) * 2 if isinstance(own['scale'], int) else own['scale']
+    scaled = [dict(own, scale=tuple(round(side * factor) for side in sides)) for factor in SCALES]
+    return _split(steps[:resize], [scaled, list(FLIPS)], [*steps[resize + 1 :], pack])
 
 
 def classifier_views(pipeline: list[dict]) -> list[dict]:
     """A test pipeline of mmpretrain: middle and corners of the image where it crops, as they are and mirrored."""
     *steps, pack = copy.deepcopy(pipeline)
-    crop = next((i for i, step in enumerate(steps) if step.get('type') == 'CenterCrop'), None)
+    crop = _find(steps, 'CenterCrop', 'crop_size')
     if crop is None:
-        return [*steps, dict(type='TestTimeAug', transforms=[list(FLIPS), [pack]])]
+        return _split(steps, [list(FLIPS)], [pack])
     crops = [dict(type='CropAt', crop_size=steps[crop]['crop_size'], position=position) for position in CROPS]
-    rest = [[step] for step in (*steps[crop + 1 :], pack)]
-    return [*steps[:crop], dict(type='TestTimeAug', transforms=[crops, list(FLIPS), *rest])]
+    return _split(steps[:crop], [crops, list(FLIPS)], [*steps[crop + 1 :], pack])
+
+
+def _split(before: list[dict], choices: list[list[dict]], after: list[dict]) -> list[dict]:
+    return [*before, dict(type='TestTimeAug', transforms=[*choices, *([step] for step in after)])]
+
+
+def _find(steps: list[dict], name: str, key: str | None = None) -> int | None:
+    """Place of the first step of that type (a name, with or without scope, or a class), with that key."""
+    for place, step in enumerate(steps):
+        kind = step.get('type')
+        kind = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
+        if kind.split('.')[-1] == name and (key is None or step.get(key) is not None):
+            return place
+    return None

@@ -47,7 +47,11 @@ class InstanceSegTTAModel(BaseTTAModel):
         own = getattr(self.module, 'test_cfg', None) or {}
         own = own.get('rcnn') or own
         given = dict(tta_cfg or {})
-        nms = given.pop('nms', None) or {}
+        nms = dict(given.pop('nms', None) or {})
+        if nms.pop('type', 'nms') != 'nms' or set(nms) - {'iou_threshold'}:
+            raise TypeError(
+                f"tta_cfg.nms={(tta_cfg or {})['nms']!r}: boxes are merged by type='nms' and iou_threshold alone"
+            )
         self.iou_threshold = nms.get('iou_threshold', (own.get('nms') or {}).get('iou_threshold', 0.5))
         self.max_per_img = given.pop('max_per_img', own.get('max_per_img', own.get('max_per_image', 100)))
         if given:
@@ -59,7 +63,7 @@ class InstanceSegTTAModel(BaseTTAModel):
         if hasattr(module, 'panoptic_fusion_head'):
             if hasattr(module.panoptic_fusion_head, 'instance_postprocess'):
                 return self._merge_queries
-        elif not getattr(module, 'with_mask', False):
+        elif not any(map(_predicts_masks, module.modules())):
             return self._merge_boxes
         elif getattr(module, 'with_rpn', False) and module.roi_head.with_mask and _has_plain_masks(module.roi_head):
             return self._merge_rois
@@ -116,9 +120,11 @@ class InstanceSegTTAModel(BaseTTAModel):
         found: list[list[InstanceData]] = []
         for view in views:
             features, seen = self._features(view)
-            proposals = self.module.rpn_head.predict(features, seen, rescale=False)
+            if 'proposals' in seen[0]:
+                proposals = [sample.proposals for sample in seen]
+            else:
+                proposals = self.module.rpn_head.predict(features, seen, rescale=False)
             metas = [sample.metainfo for sample in seen]
-            # In the view's frame, and scaled back here: heads differ in what they do with empty results.
             boxes = roi_head.predict_bbox(features, metas, proposals, rcnn_test_cfg=roi_head.test_cfg, rescale=True)
             found.append([_in_image(result, meta) for result, meta in zip(boxes, metas, strict=True)])
             samples = samples or seen
@@ -138,24 +144,27 @@ class InstanceSegTTAModel(BaseTTAModel):
 
     def _roi_masks(self, view: View, merged: list[InstanceData]) -> list[Tensor]:
         """Probabilities (n, h, w) of the merged boxes' masks in their boxes, as this view shows them, by image."""
+        probabilities = [result.scores.new_zeros(0, 1, 1) for result in merged]
         if not any(map(len, merged)):
-            return [result.scores.new_zeros(0, 1, 1) for result in merged]
+            return probabilities
         features, samples = self._features(view)
-        metas = [sample.metainfo for sample in samples]
-        placed = [
-            InstanceData(bboxes=to_view(result.bboxes, meta), labels=result.labels, scores=result.scores)
-            for result, meta in zip(merged, metas, strict=True)
-        ]
-        with _recorded(_mask_head(self.module.roi_head)) as calls:
-            # Cascades would flip masks by themselves, by negative strides, which PyTorch does not have.
-            self.module.roi_head.predict_mask(features, [dict(meta, flip=False) for meta in metas], placed)
-        [(masks, activated)] = calls
-        probabilities = []
-        for mask, result, meta in zip(masks, merged, metas, strict=True):
-            channel = result.labels if mask.shape[1] > 1 else torch.zeros_like(result.labels)
-            mask = mask[torch.arange(len(result), device=channel.device), channel]
-            probabilities.append(flip_maps(mask if activated else mask.sigmoid(), meta))
+        for i, (result, sample) in enumerate(zip(merged, samples, strict=True)):
+            if len(result):  # PointRend takes no image without boxes
+                probabilities[i] = self._masks_of(
+                    tuple(level[i : i + 1] for level in features), result, sample.metainfo
+                )
         return probabilities
+
+    def _masks_of(self, features: tuple[Tensor, ...], result: InstanceData, meta: Mapping) -> Tensor:
+        roi_head = self.module.roi_head
+        placed = InstanceData(bboxes=to_view(result.bboxes, meta), labels=result.labels, scores=result.scores)
+        with _recorded(_mask_head(roi_head)) as calls:
+            # Cascades would flip masks by themselves, by negative strides, which PyTorch does not have.
+            roi_head.predict_mask(features, [dict(meta, flip=False)], [placed])
+        [([mask], activated)] = calls
+        channel = result.labels if mask.shape[1] > 1 else torch.zeros_like(result.labels)
+        mask = mask[torch.arange(len(result), device=channel.device), channel]
+        return flip_maps(mask if activated else mask.sigmoid(), meta)
 
     def _paste(self, result: InstanceData, probabilities: Tensor, meta: Mapping) -> InstanceData:
         """Masks of the image's size from probabilities (n, h, w) in the boxes."""
@@ -169,6 +178,12 @@ class InstanceSegTTAModel(BaseTTAModel):
             rescale=False,
         )
         return result
+
+
+def _predicts_masks(module: nn.Module) -> bool:
+    """Whether a part of a detector predicts masks; RTMDet-Ins does so in its box head."""
+    in_box_head = any(kind.__name__.startswith('RTMDetIns') for kind in type(module).__mro__)
+    return in_box_head or getattr(module, 'mask_head', None) is not None
 
 
 def _has_plain_masks(roi_head: Any) -> bool:

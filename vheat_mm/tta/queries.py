@@ -17,8 +17,8 @@ class QueryMerger:
     """Running mean over views of what each query says: class and mask probabilities.
 
     The queries of a view are matched one-to-one with those gathered so far, to the largest sum of overlaps. A pair
-    of the same object is averaged; of any other pair, the query surer of showing an object is kept. Memory: two masks
-    a query and image, of the image's size.
+    of the same object is averaged; of any other pair, the query surer of showing an object is kept. Memory: a few
+    masks a query and image, of the image's size, however many views.
     """
 
     def __init__(self, panoptic_head: Any, fusion_head: Any):
