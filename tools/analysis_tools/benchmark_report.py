@@ -85,6 +85,7 @@ def _commit() -> str | None:
 
 def rows(run: Run) -> Iterator[dict[str, Any]]:
     """One flat record per case and model, ratios of times included."""
+    best = _best_limits(run)
     for case in run['cases']:
         seconds = {name: record.get('seconds') for name, record in case['models'].items()}
         for name, record in case['models'].items():
@@ -97,8 +98,25 @@ def rows(run: Run) -> Iterator[dict[str, Any]]:
             for other in ('swin', 'convnext', 'vheat-reference'):
                 both = seconds[name] and seconds.get(other)
                 row[f'over_{other}'] = seconds[name] / seconds[other] if both else None
-            row['of_roofline'] = (record.get('roofline') or {}).get('fraction')
+            roofline = record.get('roofline')
+            row['of_roofline'] = _fraction(roofline, best[case['dtype']], seconds[name]) if roofline else None
             yield row
+
+
+def _best_limits(run: Run) -> dict[str, dict[str, float]]:
+    """The most that the machine did in any case of a type: others may have slowed it down in one of them."""
+    best: dict[str, dict[str, float]] = {}
+    for case in run['cases']:
+        of_type = best.setdefault(case['dtype'], dict(flop_per_s=0.0, bytes_per_s=0.0))
+        for record in case['models'].values():
+            for name in of_type if record.get('roofline') else ():
+                of_type[name] = max(of_type[name], record['roofline'][name])
+    return best
+
+
+def _fraction(roofline: dict[str, float], limits: dict[str, float], seconds: float) -> float:
+    work = roofline['flops'] / limits['flop_per_s'], roofline['minimal_bytes'] / limits['bytes_per_s']
+    return max(work) / seconds
 
 
 def exponents(run: Run) -> dict[tuple[str, str, str], float]:
@@ -219,7 +237,9 @@ def write_page(page: str, results: list[str]) -> None:
         'Every figure is the median over rounds in which the models take turns within one process: compare within a '
         'table, not between tables. `vheat-reference` has the same weights under `VHEAT_KERNELS=reference`. '
         '"over swin" is the time divided by that of mmdet\'s Swin (window 7) in the same rounds; peak memory is the '
-        "device's on CUDA and the growth of the process on the CPU; saved memory is what autograd keeps for backward.",
+        "device's on CUDA and the growth of the process on the CPU; saved memory is what autograd keeps for backward. "
+        '"of roofline": the time that its products and convolutions take at the rate of a large matrix product (or its '
+        'traffic at that of a copy, if longer), the best measured in the same run, divided by the time taken.',
     ]
     for kind, title in (('cpu', 'On a CPU'), ('cuda', 'On a GPU')):
         parts.append(f'## {title}')
