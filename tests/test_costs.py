@@ -67,6 +67,30 @@ def test_spectral_part_is_exact():
     assert sum(counted.by_operator.values()) == counted.flops
 
 
+def test_attention_is_counted():
+    """Both ways in which PyTorch computes it; MMEngine's analyzer alone knows neither."""
+    import get_flops
+    import torch
+    from torch import nn
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.masked = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, image):
+            x = image.flatten(2).mT.repeat(1, 1, 3)[..., :8]
+            y = nn.functional.scaled_dot_product_attention(x, x, x)
+            n = y.shape[1]
+            mask = torch.zeros(n, n, dtype=torch.bool)
+            return self.masked(y, y, y, attn_mask=mask, need_weights=True)[0]
+
+    cost = get_flops.count(Attention(), 'mmpretrain', (4, 5))
+    n, c = 20, 8
+    assert cost.by_operator['scaled_dot_product_attention'] == 2 * n * n * c
+    assert cost.flops == 2 * n * n * c + 2 * n * n * c + 4 * n * c * c  # twice attention, four projections
+
+
 def test_a_shape_that_the_model_refuses():
     import get_flops
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -64,6 +65,10 @@ def count(model: nn.Module, scope: str, shape: tuple[int, int]) -> Cost:
     forward = model.forward
     model.forward = partial(forward, **arguments)
     analyzer = FlopAnalyzer(model, batch).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    # products that MMEngine's analyzer does not know: attention in one operator, and that of nn.MultiheadAttention
+    analyzer.set_op_handle('aten::scaled_dot_product_attention', _attention, 'aten::baddbmm', _added_product)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # of nn.MultiheadAttention: one operator, products unseen
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter('ignore')  # the tracer's, of Python values that it keeps as constants
@@ -76,6 +81,7 @@ def count(model: nn.Module, scope: str, shape: tuple[int, int]) -> Cost:
         ) from error
     finally:
         model.forward = forward
+        torch.backends.mha.set_fastpath_enabled(fused)
     top = {name: int(by_module[name]) for name, _ in model.named_children() if by_module[name]}
     padded = tuple(batch.shape[-2:])
     spectral = {}
@@ -137,6 +143,23 @@ def build(cfg: Config, deploy: tuple[int, int] | None = None) -> nn.Module:
         for network in networks:
             network.switch_to_deploy(deploy)
     return model
+
+
+def _attention(inputs: list[Any], outputs: list[Any]) -> int:
+    """Multiply-adds of softmax(Q K^T) V: Q (..., L, E), K (..., S, E), V (..., S, F)."""
+    query, key, value = (shape_of(x) for x in inputs[:3])
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _added_product(inputs: list[Any], outputs: list[Any]) -> int:
+    """Multiply-adds of a sum and a batched product (B, N, K) x (B, K, M)."""
+    first, second = (shape_of(x) for x in inputs[1:3])
+    return math.prod(first) * second[-1]
+
+
+def shape_of(value: Any) -> list[int]:
+    """Shape of a tensor in a traced graph."""
+    return value.type().sizes()
 
 
 def _sample(scope: str, meta: dict[str, Any]) -> Any:

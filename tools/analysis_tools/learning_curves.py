@@ -5,7 +5,7 @@
     python tools/analysis_tools/learning_curves.py coins --full      # tiny instead of a third of its width: for GPUs
 
 Trains both models with tools/train.py, one after the other, and leaves curves.png, curves.json (scores by epoch,
-commands) and the runs below --out. A run that is there already is resumed: an interrupted comparison goes on.
+commands) and the runs below --out. An earlier comparison on the same data set is replaced.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 REPO = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO / 'tools' / 'misc'), str(REPO / 'tools' / 'visualization')]
 
-from demo import progress  # noqa: E402
+from demo import DemoError, fresh_folder, progress  # noqa: E402
 from make_demo_data import make_demo_data  # noqa: E402
 from plot_curves import collect, read_records  # noqa: E402
 
@@ -80,11 +80,10 @@ def train(model: str, dataset: str, args: argparse.Namespace) -> tuple[Path, lis
         options += [f'param_scheduler.1.end={args.epochs}']
     command = [
         *('tools/train.py', f'configs/demo/mask-rcnn_{model}-demo_{dataset}.py', '--work-dir', str(work_dir)),
-        *('--resume', 'auto', '--cfg-options', *options),
+        *('--cfg-options', *options),
     ]
     environment = {**os.environ, 'VHEAT_DEMO_DATA': str(args.out / 'data' / dataset), 'PYTHONUNBUFFERED': '1'}
     log = args.out / dataset / f'{model}.log'
-    log.parent.mkdir(parents=True, exist_ok=True)
     print(f'{MODELS[model]}: python {" ".join(command)}', flush=True)
     with (
         log.open('w', encoding='utf-8') as file,
@@ -132,6 +131,7 @@ def compare(dataset: str, args: argparse.Namespace) -> Path:
         make_demo_data(data)
     else:
         split_coco(args.data, data)
+    fresh_folder(args.out / dataset)
     runs = {}
     for model in MODELS:
         work_dir, command = train(model, dataset, args)
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         print(compare(args.dataset, args))
-    except (CurveError, OSError) as error:
+    except (CurveError, DemoError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
     return 0
