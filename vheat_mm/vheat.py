@@ -321,7 +321,7 @@ class VHeat(BaseModule):
             Depth (0 for the stem, then one per block, the last for output norms and everything outside the
             backbone) and the number of depths.
         """
-        num_layers = sum(self.depths) + 2
+        num_layers = sum(self.depths[: len(self.layers)]) + 2  # stages behind the last output are not built
         if not param_name.startswith(prefix):
             return num_layers - 1, num_layers
         parts = param_name[len(prefix) :].split('.')

@@ -8,6 +8,6 @@ model = dict(
         embed_dims=32,
         depths=(1, 1, 2, 1),
         num_heads=(1, 2, 4, 8),
-        drop_path_rate=0.1,
+        drop_path_rate=0.0,
     )
 )
