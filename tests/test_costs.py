@@ -67,6 +67,35 @@ def test_spectral_part_is_exact():
     assert sum(counted.by_operator.values()) == counted.flops
 
 
+@pytest.mark.parametrize(
+    ('name', 'stages'), [('mask-rcnn_vheat-t_fpn_1x_coco', 1), ('cascade-mask-rcnn_vheat-t_fpn_1x_coco', 3)]
+)
+def test_detectors_are_counted_with_1000_proposals_and_100_boxes(name, stages):
+    import get_flops
+
+    init_default_scope('mmdet')
+    cfg = Config.fromfile(REPO / 'configs' / 'detection' / f'{name}.py')
+    cfg.model.backbone.update(TINY)
+    cfg.model.neck.in_channels = [8, 16, 32, 64]
+    cost = get_flops.count(get_flops.build(cfg), 'mmdet', (160, 160))
+    boxes = 1000 * (256 * 49 * 1024 + 1024 * 1024)  # two layers, and below 81 classes and 80 or 1 boxes
+    boxes += 1000 * 1024 * (81 + (4 if stages == 3 else 320))
+    masks = 100 * 196 * (4 * 256 * 256 * 9 + 256 * 256 * 4) + 100 * 784 * 256 * 80
+    assert cost.by_module['roi_head'] == pytest.approx(stages * (boxes + masks), rel=1e-3)
+
+
+def test_segmentor_whose_head_asks_for_samples():
+    import get_flops
+    from test_heads import narrow
+
+    init_default_scope('mmseg')
+    cfg = Config.fromfile(REPO / 'configs' / 'segmentation' / 'vheat-t_mask2former_8xb2-160k_ade20k-512x512.py')
+    narrow(cfg.model)
+    cost = get_flops.count(get_flops.build(cfg), 'mmseg', (64, 96))
+    assert set(cost.by_module) == {'backbone', 'decode_head'}
+    assert cost.by_operator['baddbmm'] > 0
+
+
 def test_attention_is_counted():
     """Both ways in which PyTorch computes it; MMEngine's analyzer alone knows neither."""
     import get_flops

@@ -11,10 +11,13 @@ FLOPs, as it does not run in inference. Transforms, decays and FVE projections o
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import math
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -63,14 +66,14 @@ def count(model: nn.Module, scope: str, shape: tuple[int, int]) -> Cost:
     model = model.cpu().eval()
     batch, arguments = make_input(model, scope, shape)
     forward = model.forward
-    model.forward = partial(forward, **arguments)
+    model.forward = _forward_of(model, arguments)
     analyzer = FlopAnalyzer(model, batch).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     # products that MMEngine's analyzer does not know: attention in one operator, and that of nn.MultiheadAttention
     analyzer.set_op_handle('aten::scaled_dot_product_attention', _attention, 'aten::baddbmm', _added_product)
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # of nn.MultiheadAttention: one operator, products unseen
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), _boxes_with_masks(model):
             warnings.simplefilter('ignore')  # the tracer's, of Python values that it keeps as constants
             by_operator = {name: int(value) for name, value in analyzer.by_operator().items() if value}
             by_module = analyzer.by_module()
@@ -99,7 +102,7 @@ def make_input(model: nn.Module, scope: str, shape: tuple[int, int], batch: int 
     inputs = [torch.rand(3, *shape) * 255 for _ in range(batch)]
     samples = [_sample(scope, meta) for _ in inputs]
     data = model.data_preprocessor(dict(inputs=inputs, data_samples=samples), False)
-    return data['inputs'], dict(data_samples=data['data_samples']) if scope == 'mmdet' else {}
+    return data['inputs'], dict(data_samples=data['data_samples'])
 
 
 def spectral_flops(model: VHeat, shape: tuple[int, int]) -> dict[str, int]:
@@ -143,6 +146,34 @@ def build(cfg: Config, deploy: tuple[int, int] | None = None) -> nn.Module:
         for network in networks:
             network.switch_to_deploy(deploy)
     return model
+
+
+def _forward_of(model: nn.Module, arguments: dict[str, Any]) -> Callable[[torch.Tensor], Any]:
+    """What of a model runs when it is counted: its forward pass to the heads' outputs."""
+    head = getattr(model, 'decode_head', None)
+    if 'batch_data_samples' in inspect.signature(getattr(head, 'forward', lambda: 0)).parameters:
+        # mmseg's own forward knows no heads like Mask2Former's, which ask for samples
+        return lambda images: head(model.extract_feat(images), arguments['data_samples'])
+    return partial(model.forward, **arguments)
+
+
+@contextmanager
+def _boxes_with_masks(model: nn.Module) -> Iterator[None]:
+    """Let 100 boxes into mask heads: mmdet's forward pass of cascades sends every proposal through all three."""
+    heads = getattr(getattr(model, 'roi_head', None), 'mask_head', None)
+    heads = list(heads) if isinstance(heads, nn.ModuleList) else [heads] if heads else []
+    for head in heads:
+        head.forward = partial(_first_boxes, head.forward)
+    try:
+        yield
+    finally:
+        for head in heads:
+            del head.forward
+
+
+def _first_boxes(forward: Callable, boxes: torch.Tensor) -> torch.Tensor:
+    masks = forward(boxes[:100])
+    return torch.cat([masks, masks.new_zeros(max(0, len(boxes) - 100), *masks.shape[1:])])
 
 
 def _attention(inputs: list[Any], outputs: list[Any]) -> int:
