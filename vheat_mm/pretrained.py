@@ -163,7 +163,7 @@ def _report(weights: Weights, loaded: int, resized: list, missing: list[str], dr
         f'  resized     {len(resized):4d}  (mode {mode}, counted above)',
         *(f'                    {key}: {_dims(old)} -> {_dims(new)}' for key, old, new in resized),
         f'  missing     {len(missing):4d}  (left as initialised) {some_of(missing)}',
-        f'  unexpected  {len(dropped):4d}  (heads and unused outputs, dropped) {some_of(dropped)}',
+        f'  unexpected  {len(dropped):4d}  (heads and unused outputs, none of the backbone) {some_of(dropped)}',
     ]
     return '\n'.join(lines)
 

@@ -33,6 +33,12 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+def ready(name, size, train):
+    model = build(name, 'tiny', size)
+    model.train(train)  # returns None in mmdet's Swin
+    return model
+
+
 def once(step, name, model, image, dtype='fp32'):
     with form(name), autocast('cpu', dtype):
         step(model, image)
@@ -42,20 +48,20 @@ def once(step, name, model, image, dtype='fp32'):
 @pytest.mark.parametrize(('shape', 'dtype'), CASES, ids=str)
 def test_forward(benchmark, shape, dtype, name):
     benchmark.group = f'forward {shape} {dtype}'
-    model, image = build(name, 'tiny', shape[1:]).eval(), torch.randn(shape[0], 3, *shape[1:])
+    model, image = ready(name, shape[1:], train=False), torch.randn(shape[0], 3, *shape[1:])
     benchmark.pedantic(once, (forward, name, model, image, dtype), rounds=5, warmup_rounds=2)
 
 
 @pytest.mark.parametrize('name', ['vheat', 'vheat-reference', 'swin'])
 def test_training_step(benchmark, name):
     benchmark.group = 'training step 640x640'
-    model, image = build(name, 'tiny', (640, 640)).train(), torch.randn(1, 3, 640, 640)
+    model, image = ready(name, (640, 640), train=True), torch.randn(1, 3, 640, 640)
     benchmark.pedantic(once, (train_step, name, model, image), rounds=3, warmup_rounds=1)
 
 
 def ratio_to_swin(step, shape, dtype, train):
     image = torch.randn(shape[0], 3, *shape[1:])
-    models = {name: build(name, 'tiny', shape[1:]).train(train) for name in ('vheat', 'swin')}
+    models = {name: ready(name, shape[1:], train) for name in ('vheat', 'swin')}
     runs = {name: partial(timed, partial(once, step, name, m, image, dtype), 'cpu') for name, m in models.items()}
     results = take_turns(runs, repeats=7, warmup=2)
     return results['vheat'].median / results['swin'].median
@@ -73,14 +79,14 @@ def test_training_beats_swin():
 def test_training_keeps_less_than_swin():
     image, kept = torch.randn(1, 3, 640, 640), {}
     for name in ('vheat', 'swin'):
-        model = build(name, 'tiny', (640, 640)).train()
+        model = ready(name, (640, 640), train=True)
         kept[name] = saved_bytes(model, partial(model, image))
     assert kept['vheat'] <= 0.75 * kept['swin']
 
 
 def test_cost_grows_almost_like_the_image():
     sides = (224, 320, 448, 640, 896, 1280)
-    model = build('vheat', 'tiny', (512, 512)).eval()
+    model = ready('vheat', (512, 512), train=False)
     runs = {
         side: partial(timed, partial(once, forward, 'vheat', model, torch.randn(1, 3, side, side)), 'cpu')
         for side in sides
