@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import DefaultScope, init_default_scope
 
 from vheat_mm import VHeat
 
@@ -35,6 +36,15 @@ def make_vheat() -> Callable[..., VHeat]:
         return VHeat(**(dict(arch=arch, img_size=64) | overrides))
 
     return make
+
+
+@pytest.fixture
+def own_scope():
+    """Building registers a global default scope: give each test its own."""
+    before = DefaultScope.get_current_instance()
+    yield
+    if before is not None:
+        init_default_scope(before.scope_name)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
-from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 
 from vheat_mm import VHeat
 from vheat_mm.compat import ensure_torchvision
@@ -18,12 +18,7 @@ IMAGE = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
 ensure_torchvision()
 
 
-@pytest.fixture(autouse=True)
-def _own_scope():
-    before = DefaultScope.get_current_instance()
-    yield
-    if before is not None:
-        init_default_scope(before.scope_name)
+pytestmark = pytest.mark.usefixtures('own_scope')
 
 
 def write(folder: Path, base: str, model: str) -> tuple[str, str]:

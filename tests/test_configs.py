@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 
 from vheat_mm.compat import ensure_torchvision
 
@@ -54,13 +54,7 @@ SWIN = {
 }
 
 
-@pytest.fixture(autouse=True)
-def own_scope():
-    """Building registers a global default scope: give each test its own."""
-    before = DefaultScope.get_current_instance()
-    yield
-    if before is not None:
-        init_default_scope(before.scope_name)
+pytestmark = pytest.mark.usefixtures('own_scope')
 
 
 def load(name: str) -> Config:

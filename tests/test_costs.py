@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
-from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.registry import init_default_scope
 
 from vheat_mm.compat import ensure_torchvision
 from vheat_mm.launch.errors import ToolError
@@ -17,14 +17,10 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
-def tools(monkeypatch):
-    """The tools import each other as they do when run; building sets a global scope."""
+def tools(own_scope, monkeypatch):
+    """The tools import each other as they do when run."""
     monkeypatch.syspath_prepend(str(REPO / 'tools' / 'analysis_tools'))
-    before = DefaultScope.get_current_instance()
     init_default_scope('mmpretrain')
-    yield
-    if before is not None:
-        init_default_scope(before.scope_name)
 
 
 def classifier(size: str = 't', **backbone) -> Config:

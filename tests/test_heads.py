@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from test_configs import ROOT, batch_for, task
@@ -57,13 +57,7 @@ SGD = dict(type='SGD', lr=0.1, weight_decay=0.0)  # in proportion to the gradien
 TASKS = (DETECTOR, SEGMENTOR, CLASSIFIER)
 
 
-@pytest.fixture(autouse=True)
-def own_scope():
-    """Building registers a global default scope: give each test its own."""
-    before = DefaultScope.get_current_instance()
-    yield
-    if before is not None:
-        init_default_scope(before.scope_name)
+pytestmark = pytest.mark.usefixtures('own_scope')
 
 
 read_once = cache(read_config)

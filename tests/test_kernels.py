@@ -282,7 +282,7 @@ def test_compiled_graph_uses_fast_operators(make_vheat):
         return graph.forward
 
     found = torch.compile(model, backend=backend, fullgraph=True)(image)
-    steps = ('mlp', 'linear', 'split_linear', 'heat_conduction', 'convolve', 'embed_patches', 'decay_of')
+    steps = ('mlp', 'linear', 'split_linear', 'heat_conduction', 'convolve', 'embed_patches', 'decays_of')
     assert {f'vheat_mm.{op}.default' for op in steps} <= names
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

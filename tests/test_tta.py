@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
 
 from vheat_mm.compat import ensure_torchvision
@@ -25,13 +25,8 @@ SIZES = [(60, 80), (72, 50)]  # of the two images of a batch
 
 
 @pytest.fixture(autouse=True)
-def own_scope():
-    """Building registers a global default scope: give each test its own."""
-    before = DefaultScope.get_current_instance()
+def detection(own_scope):
     init_default_scope('mmdet')
-    yield
-    if before is not None:
-        init_default_scope(before.scope_name)
 
 
 def detector(kind: str) -> torch.nn.Module:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hub import get_config
-from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from vheat_mm import VHeat, create_model, list_models
@@ -31,13 +31,7 @@ DATA = ROOT / 'tests' / 'data'
 KINDS = {'vheat_tiny': 'prenorm', 'vheat_small': 'postnorm'}  # the golden files that the two fixtures below share
 
 
-@pytest.fixture(autouse=True)
-def _own_scope():
-    """Building registers a global default scope: give each test its own."""
-    before = DefaultScope.get_current_instance()
-    yield
-    if before is not None:
-        init_default_scope(before.scope_name)
+pytestmark = pytest.mark.usefixtures('own_scope')
 
 
 @pytest.fixture

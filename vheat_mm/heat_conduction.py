@@ -54,11 +54,6 @@ class HeatConduction2d(nn.Module):
         k = cast(nn.Linear, self.to_k[0])
         return decay_map(freq_embed, k.weight, k.bias)
 
-    def decay_of(self, freq_embed: Tensor, size: tuple[int, int]) -> Tensor:
-        """:meth:`decay` for a map of ``size`` from FVEs on their own grid, (H0, W0, C) -> (H, W, C)."""
-        k = cast(nn.Linear, self.to_k[0])
-        return decay_of(freq_embed, k.weight, k.bias, size)
-
     def forward(self, x: Tensor, decay: Tensor) -> Tensor:
         """Apply the operator.
 
@@ -129,9 +124,10 @@ def decay_map(freq_embed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @step
-def decay_of(freq_embed: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
-    """:func:`decay_map` of FVEs fitted to a map of ``size``, (H0, W0, C) -> (H, W, C)."""
-    return decay_map(fit_freq_embed(freq_embed, size), weight, bias)
+def decays_of(freq_embed: Tensor, weights: list[Tensor], biases: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
+    """:func:`decay_map` of each layer for FVEs fitted to a map of ``size``, (H0, W0, C) -> (H, W, C) each."""
+    embed = fit_freq_embed(freq_embed, size)
+    return [decay_map(embed, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def squared_frequencies(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ from .arch import read_arch, read_out_indices
 from .decay_cache import DecayCache
 from .feature_info import FeatureInfo
 from .freq_embed import NUM_STAGES, fit_freq_embed, grid_sizes, resize_freq_embed, to_pair
-from .heat_conduction import HeatConduction2d
+from .heat_conduction import HeatConduction2d, decays_of
 from .kernels import forget_prepared, load_compiled
 from .kernels.onednn import compute_type
 from .layers import Downsample, DropPath, Mlp, Stem
@@ -118,7 +118,7 @@ class Stage(nn.ModuleList):
             build = lambda: [decay.to(dtype) for decay in self.decays(freq_embed, size)]  # noqa: E731
             decays = cache.get((id(self), size, dtype), sources, build)
         elif torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            decays = [block.op.decay_of(freq_embed, size) for block in self.blocks]
+            decays = self.decays(freq_embed, size)
         else:
             embed = fit_freq_embed(freq_embed, size)
 
@@ -141,8 +141,8 @@ class Stage(nn.ModuleList):
 
     def decays(self, freq_embed: Tensor, size: tuple[int, int]) -> list[Tensor]:
         """Decay maps (H, W, C) of all blocks for a map of ``size``."""
-        embed = fit_freq_embed(freq_embed, size)
-        return [block.op.decay(embed) for block in self.blocks]
+        layers = [cast(nn.Linear, block.op.to_k[0]) for block in self.blocks]
+        return decays_of(freq_embed, [k.weight for k in layers], [k.bias for k in layers], size)
 
     @staticmethod
     def _run(block: Block, x: Tensor, embed: Tensor | None, decay: Tensor | None) -> Tensor:

@@ -29,6 +29,7 @@ from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 from tqdm import tqdm
 
+from vheat_mm.checkpoint import atomic_file
 from vheat_mm.compat import ensure_torchvision
 from vheat_mm.launch.errors import ToolError, run_reporting_errors
 
@@ -131,7 +132,8 @@ def fill(page: Path, tables: dict[str, str], machine: str) -> None:
         if not pattern.search(text):
             raise ToolError(f'{page} has no line "<!-- {name} -->" with an "<!-- end -->" after it')
         text = pattern.sub(lambda match, content=content: f'{match[1]}{content}\n{match[2]}', text)
-    page.write_text(text, encoding='utf-8')
+    with atomic_file(page) as file:
+        file.write(text.encode())
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

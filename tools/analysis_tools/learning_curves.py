@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import matplotlib.pyplot as plt
 REPO = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO / 'tools' / 'misc'), str(REPO / 'tools' / 'visualization')]
 
-from demo import DemoError, fresh_folder, progress  # noqa: E402
+from demo import DemoError, fresh_folder, run_logged  # noqa: E402
 from make_demo_data import make_demo_data  # noqa: E402
 from plot_curves import collect, read_records  # noqa: E402
 
@@ -85,21 +84,7 @@ def train(model: str, dataset: str, args: argparse.Namespace) -> tuple[Path, lis
     environment = {**os.environ, 'VHEAT_DEMO_DATA': str(args.out / 'data' / dataset), 'PYTHONUNBUFFERED': '1'}
     log = args.out / dataset / f'{model}.log'
     print(f'{MODELS[model]}: python {" ".join(command)}', flush=True)
-    with (
-        log.open('w', encoding='utf-8') as file,
-        subprocess.Popen(
-            [sys.executable, *command], cwd=REPO, env=environment, text=True, errors='replace',
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        ) as process,
-    ):  # fmt: skip
-        assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            if shown := progress(line):
-                print(f'  {shown}', flush=True)
-    if process.returncode:
-        tail = '\n'.join(log.read_text(encoding='utf-8').splitlines()[-15:])
-        raise CurveError(f'{tail}\ntraining {MODELS[model]} failed with {process.returncode}; log: {log}')
+    run_logged([sys.executable, *command], log, environment)
     return work_dir, ['python', *command]
 
 

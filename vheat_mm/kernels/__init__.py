@@ -43,7 +43,7 @@ _MODULES: dict[str, dict[str, str]] = {
         norm_gate='positionwise',
     ),
     'compiled': dict.fromkeys(
-        ('convolve', 'embed_patches', 'heat_conduction', 'linear', 'split_linear', 'mlp', 'decay_of'), 'compiled'
+        ('convolve', 'embed_patches', 'heat_conduction', 'linear', 'split_linear', 'mlp', 'decays_of'), 'compiled'
     ),
     'triton': dict.fromkeys(('heat_conduction', 'heat_norm_gate', 'add_norm', 'norm_add', 'decay_map'), 'triton'),
 }

@@ -73,18 +73,17 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     return _mlp(x.to(onednn.compute_type(x)), weight1, bias1, weight2, bias2)
 
 
-def takes_decay_of(freq_embed: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> bool:
-    parameters = (freq_embed, weight, bias)
+def takes_decays_of(freq_embed: Tensor, weights: list[Tensor], biases: list[Tensor], size: tuple[int, int]) -> bool:
     return (
         freq_embed.device.type == 'cpu'
         and torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
-        and all(p.dtype is torch.float32 for p in parameters)
+        and all(p.dtype is torch.float32 for p in (freq_embed, *weights, *biases))
     )
 
 
-def decay_of(freq_embed: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
-    return _decay_of(freq_embed, weight, bias, *size)
+def decays_of(freq_embed: Tensor, weights: list[Tensor], biases: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
+    return _decays_of(freq_embed, weights, biases, *size)
 
 
 def takes_convolve(x: Tensor, conv: nn.Conv2d) -> bool:
@@ -129,14 +128,16 @@ def _mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tens
     return positionwise.mlp(x, weight1, bias1, weight2, bias2)
 
 
-@torch.library.custom_op('vheat_mm::decay_of', mutates_args=())
-def _decay_of(freq_embed: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
-    from ..heat_conduction import decay_of
+@torch.library.custom_op('vheat_mm::decays_of', mutates_args=())
+def _decays_of(
+    freq_embed: Tensor, weights: list[Tensor], biases: list[Tensor], height: int, width: int
+) -> list[Tensor]:
+    from ..heat_conduction import decays_of
 
     size = (height, width)
-    build = lambda: [decay_of(freq_embed, weight, bias, size)]  # noqa: E731
-    kept = _DECAYS.get((id(weight), size), [freq_embed, weight, bias], build)
-    return kept[0].clone()  # the graph may write into what it is given
+    build = lambda: decays_of(freq_embed, weights, biases, size)  # noqa: E731
+    kept = _DECAYS.get((id(freq_embed), size), [freq_embed, *weights, *biases], build)
+    return [decay.clone() for decay in kept]  # the graph may write into what it is given
 
 
 @torch.library.custom_op('vheat_mm::convolve', mutates_args=())
@@ -182,9 +183,9 @@ def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor)
     return x.new_empty(*x.shape[:-1], weight2.shape[0])
 
 
-@_decay_of.register_fake
-def _(freq_embed: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
-    return freq_embed.new_empty(height, width, freq_embed.shape[2])
+@_decays_of.register_fake
+def _(freq_embed: Tensor, weights: list[Tensor], biases: list[Tensor], height: int, width: int) -> list[Tensor]:
+    return [freq_embed.new_empty(height, width, freq_embed.shape[2]) for _ in weights]
 
 
 @_convolve.register_fake
