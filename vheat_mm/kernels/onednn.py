@@ -1,8 +1,8 @@
 """Matrix products of the CPU through oneDNN.
 
-PyTorch hands float32 products to MKL, which reaches less than half of what oneDNN does on AMD processors (figures in
-docs/performance.md), and hands products in bfloat16 to oneDNN anyway. PyTorch's compiler calls oneDNN through operators
-of its own, which are used here; they know no gradients. The public way with gradients is a 1x1 convolution.
+PyTorch hands float32 products to MKL, which on some AMD processors falls far behind oneDNN, and hands products in
+bfloat16 to oneDNN anyway. PyTorch's compiler calls oneDNN through operators of its own, which are used here; they know
+no gradients. The public way with gradients is a 1x1 convolution.
 """
 
 from __future__ import annotations

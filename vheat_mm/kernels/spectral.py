@@ -15,7 +15,7 @@ from torch import Tensor
 from . import onednn
 from .autograd import once
 
-# From these widths on, the two transpositions cost less than oneDNN's large products gain (docs/performance.md).
+# From these widths on, the two transpositions cost less than oneDNN's large products gain.
 _LARGE = {torch.float32: 40, torch.bfloat16: 100}
 
 
