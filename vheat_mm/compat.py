@@ -15,17 +15,31 @@ from mmengine.logging import HistoryBuffer
 _torchvision_schemas = None  # keeps the declared schemas alive for the life of the process
 
 
+_NUMBERS = '?bBhHiIlLqQefd'
+
+
 def _numpy_globals() -> list:
     """What a pickled numeric numpy array or scalar names; object arrays stay refused."""
     core = getattr(np, '_core', None) or np.core  # numpy 1.x spells it ``core``
-    kinds = '?bBhHiIlLqQefd'
-    dtypes = {type(np.dtype(kind)) for kind in kinds}
-    named: list = [np.ndarray, np.dtype, *dtypes]
+    dtypes = {type(np.dtype(kind)) for kind in _NUMBERS}
+    named: list = [np.ndarray, (_number_dtype, 'numpy.dtype'), *dtypes]
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
         # files written under either major version name the same two functions differently
         named.append((core.multiarray._reconstruct, f'{module}._reconstruct'))
         named.append((core.multiarray.scalar, f'{module}.scalar'))
     return named
+
+
+def _number_dtype(kind: object, *_: object) -> np.dtype:
+    """All that a pickled array or scalar of numbers uses ``numpy.dtype`` for, as numpy's own, unchangeable object.
+
+    Pickles ask for a copy and then set its state, flags included: one that marks numbers as pointers to objects has
+    numpy follow them. On numpy's own objects that does nothing. Byte orders but this machine's are lost with it;
+    :func:`~vheat_mm.checkpoint.read_checkpoint` refuses them.
+    """
+    if not isinstance(kind, str) or kind not in {np.dtype(number).str[1:] for number in _NUMBERS}:
+        raise pickle.UnpicklingError('numpy values that are no plain numbers were refused')
+    return np.dtype(kind)
 
 
 def _history_buffer_method(owner: object, name: str) -> object:

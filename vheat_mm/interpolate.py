@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .archive import printable
 from .checkpoint import (
+    MAX_GRID,
     CheckpointError,
     StateDict,
     Weights,
@@ -69,8 +71,11 @@ def resize_checkpoint(
         prefix: See :func:`~vheat_mm.checkpoint.find_weights`.
 
     Raises:
-        CheckpointError: Unreadable, no vHeat, re-parameterised, or of another grid than ``source_size`` gives.
+        CheckpointError: Unreadable, no vHeat, re-parameterised, or of another grid than ``source_size`` gives; a target
+            beyond all memory.
     """
+    if max(target_size) > 4 * MAX_GRID:
+        raise CheckpointError(f'--tg_size {target_size[0]} {target_size[1]} is more than {4 * MAX_GRID} pixels a side')
     weights = find_weights(read_checkpoint(path), path, prefix, ema)
     old = freq_embed_grids(weights.backbone)
     if not old:
@@ -93,7 +98,12 @@ def resize_checkpoint(
     new = grid_sizes(target_size)[: len(old)]
     for i, grid in enumerate(new):
         key = f'freq_embed.{i}'
-        weights.backbone[key] = resize_freq_embed(weights.backbone[key], grid, mode)
+        try:
+            weights.backbone[key] = resize_freq_embed(weights.backbone[key], grid, mode)
+        except RuntimeError as error:  # PyTorch's allocator
+            raise CheckpointError(
+                f'{key} of {path!r} cannot be made {grid[0]}x{grid[1]}: {printable(error)}; choose a smaller --tg_size'
+            ) from error
     return Resized(weights, list(zip(old, new, strict=True)))
 
 
