@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -92,15 +92,62 @@ def heat_conduction(x: Tensor, decay: Tensor) -> Tensor:
     Returns:
         Temperature (B, H, W, C), contiguous, in the type of ``x``.
     """
+    if x.dtype is torch.float16 and torch.is_grad_enabled() and (x.requires_grad or decay.requires_grad):
+        return _Float16Conduction.apply(x, decay)
+    # A constant 320 x 320 map has a DC coefficient 320 times its value, which overflows float16.
+    scaled = x.dtype is torch.float16
+    return _from_modes(_to_modes(x, scaled) * decay.to(x.dtype), scaled)
+
+
+class _Float16Conduction(torch.autograd.Function):
+    """Autograd would transpose the scaled matrices, and multiply gradients by what the modes were divided by.
+
+    Gradients go through the plain matrices instead: a gradient of 205 at each position of a 320 x 320 map passes, as it
+    does not through a bias, which sums it, and small ones keep their digits. The decay's gradient, whose products of
+    modes leave float16, is summed in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, decay: Tensor) -> Tensor:
+        modes = _to_modes(x, scaled=True)
+        ctx.save_for_backward(decay, modes if ctx.needs_input_grad[1] else None)
+        return _from_modes(modes * decay.to(x.dtype), scaled=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError('heat conduction has no second derivative in float16: use float32 or bfloat16')
+        decay, modes = ctx.saved_tensors
+        grad_modes = _to_modes(grad, scaled=False)
+        grad_x = grad_decay = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _from_modes(grad_modes * decay.to(grad.dtype), scaled=False)
+        if ctx.needs_input_grad[1]:
+            _, h, w, _ = modes.shape
+            summed = (modes * grad_modes.float()).sum(0)
+            grad_decay = (summed * (_scale(h) * _scale(w))).to(decay.dtype)
+        return grad_x, grad_decay
+
+
+def _to_modes(x: Tensor, scaled: bool) -> Tensor:
+    """DCT2 of (B, H, W, C), over :func:`_scale` of each side if ``scaled``."""
     b, h, w, c = x.shape
-    to_h, from_h = _transform_pair(h, x)
-    to_w, from_w = _transform_pair(w, x)
+    to_h, to_w = (basis(n, x) / _scale(n) if scaled else basis(n, x) for n in (h, w))
     x = torch.bmm(to_w.expand(b * h, w, w), x.reshape(b * h, w, c))  # modes along W
-    x = torch.bmm(to_h.expand(b, h, h), x.view(b, h, w * c))  # modes along H
-    x = x.view(b, h, w, c) * decay.to(x.dtype)
-    x = torch.bmm(from_h.expand(b, h, h), x.view(b, h, w * c))
-    x = torch.bmm(from_w.expand(b * h, w, w), x.view(b * h, w, c))
-    return x.view(b, h, w, c)
+    return torch.bmm(to_h.expand(b, h, h), x.view(b, h, w * c)).view(b, h, w, c)  # modes along H
+
+
+def _from_modes(modes: Tensor, scaled: bool) -> Tensor:
+    """Inverse of :func:`_to_modes`."""
+    b, h, w, c = modes.shape
+    from_h, from_w = (basis(n, modes).mT * _scale(n) if scaled else basis(n, modes).mT for n in (h, w))
+    x = torch.bmm(from_h.expand(b, h, h), modes.view(b, h, w * c))
+    return torch.bmm(from_w.expand(b * h, w, w), x.view(b * h, w, c)).view(b, h, w, c)
+
+
+def _scale(n: int) -> float:
+    """A power of two near sqrt(n): exact, and keeps every coefficient within twice the map's maximum."""
+    return 2.0 ** math.ceil(math.log2(n) / 2)
 
 
 @step
@@ -147,17 +194,6 @@ def dct_matrix(n: int, dtype: torch.dtype = torch.float32, device: torch.device 
     matrix = torch.cos(turns.to(torch.float64) * (math.pi / (2 * n))) * math.sqrt(2 / n)
     matrix[0] = 1 / math.sqrt(n)
     return matrix.to(dtype)
-
-
-def _transform_pair(n: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """DCT of length n and its inverse, in the type and on the device of ``like``."""
-    matrix = basis(n, like)
-    if like.dtype is not torch.float16:
-        return matrix, matrix.mT
-    # A constant 320 x 320 map has a DC coefficient 320 times its value, which overflows float16. Both matrices are
-    # scaled by a power of two near sqrt(n): exact, and every coefficient stays within twice the map's maximum.
-    scale = 2.0 ** math.ceil(math.log2(n) / 2)
-    return matrix / scale, matrix.mT * scale
 
 
 def basis(n: int, like: Tensor) -> Tensor:

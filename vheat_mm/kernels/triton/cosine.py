@@ -127,5 +127,5 @@ def basis(n: int, like: Tensor, inverse: bool) -> Tensor:
 
 
 def scale(n: int, dtype: torch.dtype) -> float:
-    """Power of two that float16 modes of a side of length n are divided by: see ``_transform_pair``."""
+    """Power of two that float16 modes of a side of length n are divided by: see ``vheat_mm.heat_conduction._scale``."""
     return 2.0 ** math.ceil(math.log2(n) / 2) if dtype is torch.float16 else 1.0

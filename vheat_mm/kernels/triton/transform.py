@@ -5,7 +5,7 @@ back are kernels of their own, since a program would have to hold a whole map to
 along H stay on the chip. The norm over channels and the gate follow the last product on the chip.
 
 Float16: modes of a constant map grow with its sides, so ``scale`` brings them back (a power of two, see
-``_transform_pair`` of the reference form); it is 1 for other types. Bases are padded with zeros to whole tiles, so that
+``_scale`` of the reference form); it is 1 for other types. Bases are padded with zeros to whole tiles, so that
 their loads are wide and need no masks. Offsets between groups and images are 64-bit.
 """
 
