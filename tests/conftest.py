@@ -9,6 +9,9 @@ import pytest
 import torch
 from mmengine.registry import DefaultScope, init_default_scope
 
+# Fixtures of all tests of tools: trained once a session.
+from tool_runs import classifier, data, detector, segmentor  # noqa: F401
+
 from vheat_mm import VHeat
 
 DATA = Path(__file__).parent / 'data'

@@ -6,16 +6,12 @@ import json
 import os
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, HOOKS, MODELS
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import nn
-from torch.utils.data import Dataset
 
 from vheat_mm import VHeat
 from vheat_mm.checkpoint import CheckpointError
@@ -26,130 +22,6 @@ from vheat_mm.hooks.checkpoint_check import check_fit
 from vheat_mm.launch import safe_io
 
 ensure_torchvision()  # MMEngine's runner imports it to report its version
-
-
-@DATASETS.register_module()
-class NoisyNumbers(Dataset):
-    """Items are (index, numpy noise, torch noise), as augmentation would draw them."""
-
-    metainfo: dict = {}  # noqa: RUF012
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        return dict(index=torch.tensor(float(index)), a=torch.tensor(np.random.rand()), b=torch.rand(()))  # noqa: NPY002
-
-
-@MODELS.register_module()
-class DropoutLine(BaseModel):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
-
-    def forward(self, index, a, b, mode='tensor'):
-        inputs = torch.stack([torch.stack(list(x)) for x in (index, a, b)], dim=1).float()
-        return dict(loss=self.layers(inputs).square().mean())
-
-
-@HOOKS.register_module()
-class RecordBatches(Hook):
-    """Keeps what the model was given."""
-
-    batches: list = []  # noqa: RUF012
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        self.batches.append(torch.stack([torch.stack(list(data_batch[key])) for key in ('index', 'a', 'b')]))
-
-
-@HOOKS.register_module()
-class DrawNumbers(Hook):
-    """Stands for anything that draws random numbers at its own times, such as a hook that picks images to log."""
-
-    def __init__(self, count):
-        self.count = count
-
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        torch.rand(self.count)
-
-
-def train(work_dir, by_epoch, workers, length, hook=True, resume=None, sampler='DefaultSampler', drawn=0):
-    """Train for ``length`` epochs or iterations; returns the weights and the batches."""
-    RecordBatches.batches = []
-    loop = dict(by_epoch=True, max_epochs=length) if by_epoch else dict(by_epoch=False, max_iters=length)
-    runner = Runner(
-        model=dict(type='DropoutLine'),
-        work_dir=str(work_dir),
-        train_dataloader=dict(
-            batch_size=2,
-            num_workers=workers,
-            sampler=dict(type=sampler, shuffle=True),
-            dataset=dict(type='NoisyNumbers'),
-        ),
-        train_cfg=loop,
-        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.1)),
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1 if by_epoch else 3, by_epoch=by_epoch)),
-        custom_hooks=[
-            dict(type='RecordBatches'),
-            dict(type='DrawNumbers', count=drawn),
-            *([dict(type='ReproducibleHook')] if hook else []),
-        ],
-        randomness=dict(seed=5),
-        resume=resume is not None,
-        load_from=resume,
-        log_level='ERROR',
-        experiment_name=f'{work_dir.name}-{by_epoch}-{workers}-{length}-{hook}-{resume is None}',
-    )
-    runner.train()
-    if not by_epoch:  # ends its workers now: later, the garbage collector would wait for them
-        runner.train_loop.dataloader_iterator = None
-    return torch.cat([p.detach().flatten() for p in runner.model.parameters()]), RecordBatches.batches
-
-
-CASES = [
-    pytest.param(True, 0, 'DefaultSampler', id='epochs, main process'),
-    pytest.param(True, 2, 'DefaultSampler', id='epochs, workers'),
-    pytest.param(False, 0, 'InfiniteSampler', id='iterations, main process'),
-    pytest.param(False, 2, 'InfiniteSampler', id='iterations, workers'),
-    pytest.param(False, 2, 'DefaultSampler', id='iterations over restarted loader'),
-]
-
-
-@pytest.mark.parametrize(('by_epoch', 'workers', 'sampler'), CASES)
-def test_resumed_training_equals_uninterrupted(tmp_path, monkeypatch, by_epoch, workers, sampler):
-    monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda _: None)  # two seconds per restart
-    length, stop = (3, 'epoch_2.pth') if by_epoch else (7, 'iter_6.pth')
-    full, batches = train(tmp_path / 'full', by_epoch, workers, length, sampler=sampler)
-    again, rest = train(
-        tmp_path / 'again', by_epoch, workers, length, resume=str(tmp_path / 'full' / stop), sampler=sampler
-    )
-    assert len(rest) == (4 if by_epoch else 1)
-    for ours, theirs in zip(rest, batches[-len(rest) :], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    torch.testing.assert_close(again, full, rtol=0, atol=1e-7)
-
-
-def test_without_the_hook_resumed_training_differs(tmp_path):
-    """What the hook is for; should MMEngine restore random states one day, this fails and the hook can go."""
-    full, _ = train(tmp_path / 'full', True, 0, 3, hook=False)
-    again, _ = train(tmp_path / 'again', True, 0, 3, hook=False, resume=str(tmp_path / 'full' / 'epoch_2.pth'))
-    assert (full - again).abs().max() > 1e-6
-
-
-def test_numbers_drawn_by_others_do_not_matter(tmp_path):
-    ours, _ = train(tmp_path / 'ours', True, 2, 2)
-    theirs, _ = train(tmp_path / 'theirs', True, 2, 2, drawn=3)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize('workers', [0, 2])
-def test_epochs_differ(tmp_path, workers):
-    """Each epoch has its own order and its own augmentation, of numpy and of PyTorch."""
-    _, batches = train(tmp_path / 'run', True, workers, 3)
-    epochs = [torch.cat(batches[i : i + 4], dim=1) for i in (0, 4, 8)]
-    assert len({tuple(epoch[0].tolist()) for epoch in epochs}) == 3
-    noise = torch.cat(epochs, dim=1)[1:].flatten().tolist()
-    assert len(set(noise)) == len(noise) == 3 * 8 * 2
 
 
 # --- checkpoints

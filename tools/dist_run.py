@@ -3,8 +3,13 @@
     python tools/dist_run.py GPUS SCRIPT [arguments of SCRIPT]
 
 Machines are described as everywhere in OpenMMLab, by the environment: NNODES (default 1), NODE_RANK (0),
-MASTER_ADDR (127.0.0.1), PORT (a free one; 29500 over several machines). Exits with the status of the process that
-failed first. torchrun's own report, a traceback, is left out: the process has said already why it ended.
+MASTER_ADDR (127.0.0.1), PORT (a free one; 29500 over several machines). Two more turn on torchrun's elasticity:
+
+    MAX_RESTARTS=3   start all processes again, at most so often, where one of them has died; training resumes by itself
+    NNODES=1:4       go on with as many machines as there are, within these bounds; needs --resume, and no NODE_RANK
+
+Exits with the status of the process that failed first; with 75 where SIGTERM ended a training that has saved its
+state. torchrun's own report, a traceback, is left out: the process has said already why it ended.
 """
 
 import logging
@@ -12,31 +17,59 @@ import os
 import signal
 import socket
 import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 USER_ERROR = 2  # a tool ended with a message of its own
+REQUEUE = 75  # training ended on SIGTERM, and has saved its state
+SECONDS_TO_SAVE = 600  # after SIGTERM; the scheduler that sent it decides in the end
 
 
-def torchrun_options(processes: int) -> list[str]:
+def torchrun_options(processes: int, command: list[str]) -> list[str]:
     """Options of torchrun from the environment. Raises ValueError where they make no sense."""
-    values = {}
-    for name, default in (('NNODES', '1'), ('NODE_RANK', '0'), ('PORT', '')):
-        value = os.environ.get(name) or default
-        if value and not value.isdecimal():
-            raise ValueError(f'{name}={value!r} is not a number')
-        values[name] = value
-    nodes, rank = int(values['NNODES']), int(values['NODE_RANK'])
-    if nodes < 1 or rank >= nodes:
-        raise ValueError(f'NNODES={nodes} and NODE_RANK={rank}: ranks run from 0 to NNODES - 1')
-    address = os.environ.get('MASTER_ADDR') or ('127.0.0.1' if nodes == 1 else '')
+    least, most = _bounds(os.environ.get('NNODES') or '1')
+    rank, port, restarts = (_number(name) for name in ('NODE_RANK', 'PORT', 'MAX_RESTARTS'))
+    if least != most and '--resume' not in command:
+        raise ValueError(
+            f'NNODES={least}:{most}: add --resume, so that machines that join later start where the others are'
+        )
+    if (rank or 0) >= most:
+        raise ValueError(f'NNODES={most} and NODE_RANK={rank}: ranks run from 0 to NNODES - 1')
+    address = os.environ.get('MASTER_ADDR') or ('127.0.0.1' if most == 1 else '')
     if not address:
-        raise ValueError(f'NNODES={nodes}: set MASTER_ADDR to the address of the machine with NODE_RANK=0')
-    port = values['PORT'] or (str(free_port()) if nodes == 1 else '29500')
-    return [
-        *('--nnodes', str(nodes), '--node_rank', str(rank), '--nproc_per_node', str(processes)),
-        *('--master_addr', address, '--master_port', port),
+        raise ValueError(f'NNODES={most}: set MASTER_ADDR to the address of the machine with NODE_RANK=0')
+    port = port or (free_port() if most == 1 else 29500)
+    options = [
+        *('--nproc_per_node', str(processes), '--max_restarts', str(restarts or 0)),
         # Once a process has ended, the others must end before they complain of it (they wait two seconds).
         *('--monitor_interval', '0.5'),
     ]
+    if restarts or least != most:  # a rendezvous that can be held again
+        is_host = [] if rank is None else [f'is_host={int(rank == 0)}']
+        configuration = ','.join([*is_host, 'join_timeout=600', 'last_call_timeout=5'])
+        rendezvous = ('--rdzv_backend', 'c10d', '--rdzv_endpoint', f'{address}:{port}', '--rdzv_id', f'vheat-{port}')
+        return [*options, '--nnodes', f'{least}:{most}', *rendezvous, '--rdzv_conf', configuration]
+    static = ('--node_rank', str(rank or 0), '--master_addr', address, '--master_port', str(port))
+    return [*options, '--nnodes', str(most), *static]
+
+
+def _bounds(nodes: str) -> tuple[int, int]:
+    parts = nodes.split(':')
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts) or not 1 <= int(parts[0]) <= int(parts[-1]):
+        raise ValueError(f'NNODES={nodes!r} is neither a number of machines nor bounds such as 1:4')
+    return int(parts[0]), int(parts[-1])
+
+
+def _number(name: str) -> int | None:
+    value = os.environ.get(name)
+    if value and not value.isdecimal():
+        raise ValueError(f'{name}={value!r} is not a number')
+    return int(value) if value else None
 
 
 def free_port() -> int:
@@ -65,31 +98,42 @@ def run(options: list[str]) -> int:
         print(f'error: {sys.executable} has no {error.name}; {remedy}', file=sys.stderr)
         return USER_ERROR
     args = torchrun.parse_args(options)
+    if hasattr(args, 'shutdown_timeout'):  # PyTorch >= 2.11 or so; before, 30 seconds
+        args.shutdown_timeout = SECONDS_TO_SAVE
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)
-    try:
-        torchrun.run(args)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode == USER_ERROR:
-            return USER_ERROR
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            hint = '; the machine may have run out of memory' if name == 'SIGKILL' else ''
-            print(f'error: process {rank} was ended by {name}{hint}', file=sys.stderr)
-            return 128 - failure.exitcode
-        print(f'error: process {rank} failed with status {failure.exitcode}', file=sys.stderr)
-        return failure.exitcode
-    except SignalException as error:
-        print(f'ended by {error.sigval.name}', file=sys.stderr)
-        return 128 + error.sigval
+    with tempfile.TemporaryDirectory() as folder:
+        note = Path(folder) / 'stopped'
+        os.environ.update(VHEAT_STOP_NOTE=str(note), VHEAT_RUN_STARTED=str(time.time()))
+        try:
+            torchrun.run(args)
+        except ChildFailedError as error:
+            return status_of(*error.get_first_failure())
+        except SignalException as error:
+            if note.exists():
+                return REQUEUE
+            print(f'ended by {error.sigval.name}', file=sys.stderr)
+            return 128 + error.sigval
     return 0
+
+
+def status_of(rank: int, failure: 'ProcessFailure') -> int:
+    """Exit status for the process that failed first; says what it has not said itself."""
+    if failure.exitcode in (USER_ERROR, REQUEUE):
+        return failure.exitcode
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        hint = '; the machine may have run out of memory' if name == 'SIGKILL' else ''
+        print(f'error: process {rank} was ended by {name}{hint}', file=sys.stderr)
+        return 128 - failure.exitcode
+    print(f'error: process {rank} failed with status {failure.exitcode}', file=sys.stderr)
+    return failure.exitcode
 
 
 def main() -> int:
     """Read the command line and the environment; returns the exit status."""
     processes, *command = sys.argv[1:]
     try:
-        options = torchrun_options(int(processes))
+        options = torchrun_options(int(processes), command)
     except ValueError as error:
         print(f'error: {error}', file=sys.stderr)
         return USER_ERROR

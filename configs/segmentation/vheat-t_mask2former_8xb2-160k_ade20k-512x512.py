@@ -4,6 +4,7 @@ _base_ = [
     '../_base_/mask2former_vheat-t_norms.py',
 ]
 custom_imports = dict(imports=['vheat_mm'], allow_failed_imports=False)
+default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))
 model = dict(
     backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.vheat),
     decode_head=dict(in_channels=[96, 192, 384, 768]),

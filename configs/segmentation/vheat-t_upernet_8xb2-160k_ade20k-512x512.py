@@ -3,6 +3,7 @@ _base_ = [
     '../_base_/vheat-t.py',
 ]
 custom_imports = dict(imports=['vheat_mm'], allow_failed_imports=False)
+default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))
 model = dict(
     backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.vheat),
     test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(341, 341)),

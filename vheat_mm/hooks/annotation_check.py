@@ -111,7 +111,16 @@ def check_coco_file(path: str, classes: tuple[str, ...]) -> None:
     """Check a COCO file's categories against the configured names, and its annotations against the categories."""
     if not Path(path).is_file():  # in a remote storage
         return
-    content = json.loads(Path(path).read_text(encoding='utf-8'))
+    not_finite: list[float] = []
+
+    def keep(constant: str) -> float:
+        not_finite.append(float(constant))
+        return not_finite[-1]
+
+    text = Path(path).read_text(encoding='utf-8')
+    content = json.loads(text, parse_constant=keep)
+    if not_finite:  # pycocotools ends the process on it, out of memory
+        raise AnnotationError(f'{path}: {_place_of(not_finite[0], content)}; remove or correct the annotation')
     categories = {category['id']: category['name'] for category in content.get('categories', [])}
     known = [name for name in categories.values() if name in set(classes)]
     if absent := [name for name in classes if name not in known]:
@@ -132,6 +141,16 @@ def check_coco_file(path: str, classes: tuple[str, ...]) -> None:
             f'category_id={first.get("category_id")}, which is not among its categories {_some(list(categories))} '
             f'({len(wrong)} such annotations): correct the id, or add the category and raise num_classes'
         )
+
+
+def _place_of(value: float, content: dict) -> str:
+    for annotation in content.get('annotations', []):
+        for key, entry in annotation.items():
+            if re.search(rf'\b{value}\b', repr(entry)):
+                return (
+                    f'annotation {annotation.get("id")} of image {annotation.get("image_id")} has {value} in its {key}'
+                )
+    return f'it holds {value}, which is no number'
 
 
 def check_batch(data_batch: Any, heads: dict[str, tuple[str, Any]]) -> None:

@@ -1,102 +1,127 @@
-"""Random state as a function of (seed, epoch, iteration, rank), so that resuming changes nothing."""
+"""Random state as a function of (seed, epoch, iteration, rank), and resuming at any iteration."""
 
 from __future__ import annotations
 
-import functools
-import logging
-import random
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import torch
-from mmengine.dataset import worker_init_fn as mmengine_worker_init_fn
-from mmengine.dist import get_rank
+from mmengine.dist import all_reduce_params, get_rank, get_world_size
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
-# What a random state is for; part of the seed, so that no two uses share numbers.
-EPOCH, ITERATION, BATCH = range(3)
+from ..loading import ITERATION, Batches, PositionedBatches, SeededFetch, reseed, set_fetch, train_loader
+from .checkpoint_check import unwrap
+
+# Entries of a checkpoint's ``meta``.
+BATCHES_DONE, PROCESSES = 'vheat_batches_done', 'vheat_processes'
+GRADIENTS = 'vheat_accumulated_gradients'  # of a checkpoint
 
 
 @HOOKS.register_module()
 class ReproducibleHook(Hook):
-    """Reseed Python, numpy and PyTorch before every epoch and iteration from where training stands.
+    """An interrupted and resumed training equals the uninterrupted one, wherever it was interrupted.
 
     MMEngine seeds once, at start-up, and restores no random state on resume: dropout, stochastic depth and
     augmentation then continue with other numbers than those of an uninterrupted run. With this hook they depend on
-    nothing but (seed, epoch, iteration, rank). In particular, each epoch has its own shuffling and augmentation.
+    nothing but (seed, epoch, iteration, rank): not on the number of data-loader workers, nor on what else draws
+    numbers. Each epoch has its own order and augmentation.
 
-    Data-loader workers take their seed from the main process whenever they start, so epoch-based training needs
-    ``persistent_workers=False`` in its ``train_dataloader`` (``tools/train.py`` sets that).
+    Checkpoints made within an epoch continue there: MMEngine would train the whole epoch again. Iteration-based loops
+    find their place by drawing indices, where MMEngine loads all earlier images once more. Gradients accumulated so
+    far are saved, too.
     """
 
     priority = 'LOWEST'  # random numbers that other hooks draw must not move ours
 
+    def __init__(self) -> None:
+        self._batches: PositionedBatches | None = None
+        self._epoch = self._batch_idx = -1
+        self._resumed: dict[str, Any] = {}
+        self._gradients: dict[str, Any] = {}
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Keep what tells the place within an epoch."""
+        if runner._resume:
+            self._resumed = checkpoint.get('meta', {})
+            self._gradients = checkpoint.get(GRADIENTS, {})
+
     def before_train(self, runner: Runner) -> None:
-        """Let data-loader workers be seeded by where training stands."""
-        loader = runner.train_dataloader
-        init_fn = loader.worker_init_fn
-        # MMEngine's gives a worker the same seed at each start: every epoch would be augmented alike.
-        if isinstance(init_fn, functools.partial) and init_fn.func is mmengine_worker_init_fn:
-            quiet = init_fn.keywords.get('disable_subprocess_warning', False)
-            loader.worker_init_fn = functools.partial(seed_worker, quiet=quiet)
-        if loader.persistent_workers and not isinstance(runner.train_loop, IterBasedTrainLoop):
-            runner.logger.log(
-                logging.WARNING,
-                'a resumed run will be augmented otherwise than an uninterrupted one: '
-                'set train_dataloader.persistent_workers=False',
+        """Put the places of batches into the loader."""
+        loop, loader = runner.train_loop, train_loader(runner)
+        if not isinstance(loop, EpochBasedTrainLoop | IterBasedTrainLoop) or loader.batch_sampler is None:
+            runner.logger.warning(
+                f'{type(loop).__name__} with {type(loader).__name__}: what is drawn after resuming differs from an '
+                'uninterrupted run; ReproducibleHook knows epoch- and iteration-based loops over batches'
             )
+            return
+        endless = isinstance(loop, IterBasedTrainLoop)
+        self._batches = PositionedBatches(loader.batch_sampler, runner.seed, get_rank(), endless)
+        # PyTorch refuses to set it. A new loader would be an object that other hooks have not seen.
+        vars(loader)['batch_sampler'] = self._batches
+        set_fetch(loader, lambda fetch: SeededFetch(fetch, runner.seed, get_rank()))
+        if self._gradients:
+            for name, parameter in unwrap(runner.model).named_parameters():
+                if name in self._gradients:
+                    parameter.grad = self._gradients[name].to(parameter)
+            self._gradients = {}
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Fix what the epoch's data loading starts from; iteration-based loops count batches instead."""
-        reseed(runner.seed, EPOCH, runner.epoch)
+        """Set out from where the checkpoint was made."""
+        self._epoch, self._batch_idx = runner.epoch, -1
         loop = runner.train_loop
+        if self._batches is None:
+            return
         if isinstance(loop, IterBasedTrainLoop):
-            # On resume the loop draws and drops all earlier batches, without calling any hook.
-            loop.dataloader_iterator = SeededIterator(loop.dataloader_iterator, runner.seed)
+            self._batches.start = runner.iter
+            loop.dataloader_iterator = Batches(loop.dataloader, left_out=runner.iter)
+            return
+        start, self._resumed = self._batches_done(runner), {}
+        self._batches.epoch, self._batches.start = runner.epoch, start
+        if start:
+            runner.logger.info(f'epoch {runner.epoch + 1} goes on after {start} of its {len(loop.dataloader)} batches')
+            self._count_from(loop, start)
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | tuple | list | None = None) -> None:
+    def _batches_done(self, runner: Runner) -> int:
+        done = self._resumed.get(BATCHES_DONE, 0)
+        processes = self._resumed.get(PROCESSES, get_world_size())
+        if done and processes != get_world_size():
+            done = done * processes // get_world_size()
+            runner.logger.warning(
+                f'{processes} processes made the checkpoint and {get_world_size()} go on with it: the epoch '
+                'continues at about the same share of the data set, and the rate is for the batch size it was'
+            )
+        return done
+
+    @staticmethod
+    def _count_from(loop: EpochBasedTrainLoop, start: int) -> None:
+        """Have the loop number the batches of its first epoch from ``start``, as logs and intervals count them."""
+        run_iter = loop.run_iter
+
+        def shifted(idx: int, data_batch: Any) -> None:
+            run_iter(idx + start, data_batch)
+
+        loop.run_iter = shifted
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Number the next epoch's batches from 0."""
+        vars(runner.train_loop).pop('run_iter', None)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Fix what the model's forward pass draws."""
-        reseed(runner.seed, ITERATION, runner.iter)
+        self._batch_idx = batch_idx
+        reseed(runner.seed, ITERATION, runner.iter, get_rank())
 
-
-class SeededIterator:
-    """Iterator that fixes the random state before each item by the item's position."""
-
-    def __init__(self, iterator: Iterator, seed: int) -> None:
-        self._iterator = iterator
-        self._seed = seed
-        self._position = 0
-
-    def __iter__(self) -> SeededIterator:
-        return self
-
-    def __next__(self) -> Any:
-        reseed(self._seed, BATCH, self._position)
-        self._position += 1
-        return next(self._iterator)
-
-
-def reseed(seed: int, purpose: int, position: int) -> None:
-    """Seed all generators of this process by a well-mixed hash of the arguments and the rank."""
-    words = np.random.SeedSequence((seed, purpose, position, get_rank())).generate_state(4)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])  # noqa: NPY002 (what the libraries draw from)
-    torch.manual_seed(int(words[2]) << 32 | int(words[3]))  # all CUDA devices, too
-
-
-def seed_worker(worker_id: int, quiet: bool = False) -> None:
-    """Seed a data-loader worker by what PyTorch drew for it from the main process's state.
-
-    Args:
-        worker_id: Given by PyTorch, whose seed for the worker contains it already.
-        quiet: Silence the warnings of all workers but the first.
-    """
-    words = np.random.SeedSequence(torch.initial_seed()).generate_state(2)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])  # noqa: NPY002 (what the libraries draw from)
-    if quiet and worker_id != 0:
-        warnings.simplefilter('ignore')
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Note the place within the epoch, and gradients that wait for the next step of the optimizer."""
+        meta = checkpoint['meta']
+        within = meta['epoch'] == self._epoch and isinstance(runner.train_loop, EpochBasedTrainLoop)
+        meta[BATCHES_DONE] = self._batch_idx + 1 if within else 0
+        meta[PROCESSES] = get_world_size()
+        wrapper = runner.optim_wrapper
+        if 'optimizer' in checkpoint and isinstance(wrapper, OptimWrapper) and not wrapper.should_update():
+            named = [(name, p.grad) for name, p in unwrap(runner.model).named_parameters() if p.grad is not None]
+            gradients = {name: gradient.detach().clone() for name, gradient in named}
+            if runner.model.training:  # while validating, the first process may be alone here
+                all_reduce_params(gradients.values(), op='mean')  # each process has accumulated its own so far
+            checkpoint[GRADIENTS] = {name: gradient.cpu() for name, gradient in gradients.items()}

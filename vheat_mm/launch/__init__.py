@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from mmengine.config import Config
@@ -13,23 +14,27 @@ from . import safe_io
 from .augment import apply_tta
 from .config import (
     add_hook,
+    add_robust_hooks,
     apply_amp,
     apply_auto_scale_lr,
+    apply_randomness,
     apply_resume,
     drop_hook,
     fit_dataloaders,
     make_parser,
     read_config,
+    shards,
 )
 from .distributed import leave, paint_in_every_process, set_up_processes, tear_down_processes
 from .errors import SetupEndHook, ToolError, run_reporting_errors
 from .outputs import apply_out, apply_show
+from .provenance import log_provenance
 
 __all__ = ['leave', 'run_testing', 'run_training']
 
 
 def run_training(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says; returns the exit status (0, or 2 after a message on stderr)."""
+    """Train as the command line says; returns the exit status: 0; 2 after a message on stderr; 75 on SIGTERM."""
     parser = make_parser('Train a detector, segmentor or classifier.')
     parser.add_argument(
         '--resume',
@@ -44,6 +49,12 @@ def run_training(argv: Sequence[str] | None = None) -> int:
         action='store_true',
         help="scale the learning rate with the batch size, from the config's auto_scale_lr.base_batch_size",
     )
+    parser.add_argument('--seed', type=int, help='of all random numbers; --resume keeps that of the interrupted run')
+    parser.add_argument(
+        '--deterministic',
+        action='store_true',
+        help='bit-equal weights for the same seed: algorithms that are slower, and an error where there is none',
+    )
     args = parser.parse_args(argv)
 
     def body(phase: SetupEndHook) -> None:
@@ -56,9 +67,13 @@ def run_training(argv: Sequence[str] | None = None) -> int:
             apply_amp(cfg)
         if args.auto_scale_lr:
             apply_auto_scale_lr(cfg, args.config)
-        notes = apply_resume(cfg, args.resume) + fit_dataloaders(cfg)
-        add_hook(cfg, 'ReproducibleHook')
-        build_runner(cfg, notes, phase).train()
+        apply_randomness(cfg, args.seed, args.deterministic)
+        notes = apply_resume(cfg, args.resume)
+        fit_dataloaders(cfg)
+        add_robust_hooks(cfg)
+        runner = build_runner(cfg, notes, phase)
+        log_provenance(runner, sys.argv if argv is None else list(argv))
+        runner.train()
         tear_down_processes()
 
     return run_reporting_errors(body)
@@ -93,7 +108,8 @@ def run_testing(argv: Sequence[str] | None = None) -> int:
             apply_out(cfg, args.out)
         if args.show or args.show_dir:
             apply_show(cfg, args.show, args.show_dir, args.wait_time, args.tta)
-        runner = build_runner(cfg, fit_dataloaders(cfg), phase)
+        fit_dataloaders(cfg)
+        runner = build_runner(cfg, [], phase)
         paint_in_every_process(runner)
         runner.test()
         tear_down_processes()
@@ -104,7 +120,8 @@ def run_testing(argv: Sequence[str] | None = None) -> int:
 def build_runner(cfg: Config, notes: list[str], phase: SetupEndHook) -> Runner:
     """Join the other processes, build the runner with the checks of this package, and log ``notes``."""
     notes = notes + set_up_processes(cfg, cfg.launcher)
-    add_hook(cfg, 'CheckpointCheckHook')
+    if not shards(cfg):  # parts of weights do not compare with the whole
+        add_hook(cfg, 'CheckpointCheckHook')
     add_hook(cfg, 'AnnotationCheckHook')
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.register_hook(phase)

@@ -11,12 +11,13 @@ from pathlib import Path
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.registry import init_default_scope
-from mmengine.runner import find_latest_checkpoint
 
 from ..checkpoint import read_checkpoint
 from ..compat import ensure_torchvision
+from ..resume import find_newest
 from .errors import ToolError, describe
 
+RUN_STARTED = 'VHEAT_RUN_STARTED'  # seconds since the epoch, set by tools/dist_run.py
 SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}  # and pip's name for it
 
 
@@ -106,9 +107,43 @@ def drop_hook(cfg: Config, name: str) -> None:
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') != name]
 
 
-def fit_dataloaders(cfg: Config) -> list[str]:
-    """Settle what depends on the machine or on the loop, in place; returns lines for the log."""
-    notes = []
+def add_robust_hooks(cfg: Config) -> None:
+    """Put the hooks that a long training lives on into a config, in place; those it configures itself stay."""
+    checkpoint = cfg.setdefault('default_hooks', {}).setdefault('checkpoint', dict(type='CheckpointHook'))
+    if isinstance(checkpoint, dict) and str(checkpoint.get('type')).split('.')[-1] == 'CheckpointHook':
+        checkpoint['type'] = 'AtomicCheckpointHook'  # a subclass, with the same arguments
+    for name in ('ReproducibleHook', 'StopSignalHook', 'NonFiniteGuardHook', 'SkipBrokenSamplesHook'):
+        add_hook(cfg, name)
+
+
+def shards(cfg: Config) -> bool:
+    """Whether FSDP cuts the model in parts.
+
+    Raises:
+        ToolError: By MMEngine's own strategy, which cannot resume.
+    """
+    strategy = str((cfg.get('strategy') or {}).get('type')).split('.')[-1]
+    if strategy == 'FSDPStrategy':
+        raise ToolError(
+            "strategy.type='FSDPStrategy' cannot resume (mmengine <= 0.10.7 hands PyTorch its arguments in the wrong "
+            "order): set strategy.type='ShardedStrategy' and add 'vheat_mm.fsdp' to custom_imports; see docs/fsdp.md"
+        )
+    return strategy == 'ShardedStrategy'
+
+
+def apply_randomness(cfg: Config, seed: int | None, deterministic: bool) -> None:
+    """``--seed`` and ``--deterministic``, in place."""
+    randomness = {'seed': None, **(cfg.get('randomness') or {})}
+    if seed is not None:
+        randomness['seed'] = seed
+    if deterministic:
+        randomness['deterministic'] = True
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # what PyTorch asks for on GPUs
+    cfg.randomness = randomness
+
+
+def fit_dataloaders(cfg: Config) -> None:
+    """Settle what depends on the machine, in place."""
     for field in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         loader = cfg.get(field)
         if not loader:
@@ -120,28 +155,28 @@ def fit_dataloaders(cfg: Config) -> list[str]:
         if not loader.get('num_workers'):
             loader.persistent_workers = False  # PyTorch refuses it without workers
             loader.pop('prefetch_factor', None)
-    train = cfg.get('train_dataloader')
-    if train and train.get('persistent_workers') and cfg.get('train_cfg', {}).get('by_epoch', _is_epoch_loop(cfg)):
-        train.persistent_workers = False
-        notes.append('train_dataloader.persistent_workers=False: a resumed run then equals an uninterrupted one')
-    return notes
 
 
 def apply_resume(cfg: Config, resume: str | None) -> list[str]:
     """``--resume [PATH]``, in place; also restores the seed before samplers are built. Returns lines for the log.
 
+    Processes that torchrun has started again resume by themselves, from what their run has saved so far.
+
     Raises:
         ToolError: The checkpoint cannot be resumed from.
         CheckpointError: It cannot be read.
     """
-    if resume is None and not cfg.get('resume'):
-        return []
-    path = resume if resume not in (None, 'auto') else cfg.get('load_from') if resume is None else None
-    if path is None:
-        path = find_latest_checkpoint(cfg.work_dir)
+    if resume is None and cfg.get('resume'):
+        resume = cfg.get('load_from') or 'auto'
+    path, notes = _saved_by_this_run(cfg)
+    if path is None and resume == 'auto':
+        path, notes = find_newest(cfg.work_dir)
         if path is None:  # the first start of a job that is always started with --resume
-            cfg.resume = False
-            return [f'nothing to resume from in {cfg.work_dir}: training starts from the beginning']
+            notes.append(f'nothing to resume from in {cfg.work_dir}: training starts from the beginning')
+    path = path or (resume if resume != 'auto' else None)
+    if path is None:
+        cfg.resume = False
+        return notes
     cfg.load_from, cfg.resume = path, True
     meta = read_checkpoint(path).get('meta', {})
     if 'iter' not in meta:
@@ -149,12 +184,21 @@ def apply_resume(cfg: Config, resume: str | None) -> list[str]:
             f'cannot resume from {path!r}: it holds weights but no training state; to start a new training from '
             'these weights, drop --resume and pass --cfg-options load_from=PATH'
         )
-    notes = [f'resuming from {path}, epoch {meta.get("epoch")}, iteration {meta["iter"]}']
+    notes += [f'resuming from {path}, epoch {meta.get("epoch")}, iteration {meta["iter"]}']
     randomness = dict(cfg.get('randomness') or {})
     if meta.get('seed') is not None and meta['seed'] != randomness.get('seed'):
         cfg.randomness = {**randomness, 'seed': meta['seed']}
         notes.append(f'the seed of the interrupted run is used: {meta["seed"]}')
     return notes
+
+
+def _saved_by_this_run(cfg: Config) -> tuple[str | None, list[str]]:
+    """The newest checkpoint that earlier processes of this start of dist_run.py or torchrun have left, if any."""
+    if RUN_STARTED in os.environ:
+        return find_newest(cfg.work_dir, since=float(os.environ[RUN_STARTED]))
+    if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0':
+        return find_newest(cfg.work_dir)
+    return None, []
 
 
 def apply_amp(cfg: Config) -> None:
@@ -191,7 +235,3 @@ def apply_auto_scale_lr(cfg: Config, path: str) -> None:
             'add auto_scale_lr=dict(base_batch_size=16), all GPUs together, or drop the flag'
         )
     cfg.auto_scale_lr.enable = True
-
-
-def _is_epoch_loop(cfg: Config) -> bool:
-    return str((cfg.get('train_cfg') or {}).get('type', '')).split('.')[-1] == 'EpochBasedTrainLoop'

@@ -13,7 +13,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from ..checkpoint import CheckpointError
-from ..hooks import AnnotationError
+from ..hooks import AnnotationError, NonFiniteError, StopRequested
+from ..loading import BrokenSampleError
 from ..tta import ViewError
 
 SHOW_TRACEBACK = 'VHEAT_TRACEBACK'
@@ -27,6 +28,10 @@ _SECONDARY = re.compile(r'gloo|nccl|connection (closed|reset)|tcpstore|broken pi
 
 class ToolError(Exception):
     """Wrong use of a tool, with the remedy in its message."""
+
+
+# What the user can mend: told in one message, without a traceback.
+_KNOWN = (ToolError, CheckpointError, AnnotationError, BrokenSampleError, NonFiniteError, ViewError, OSError)
 
 
 class SetupEndHook(Hook):
@@ -63,9 +68,13 @@ def run_reporting_errors(body: Callable[[SetupEndHook], None]) -> int:
         if process_rank() == 0:
             print('interrupted', file=sys.stderr)
         return INTERRUPTED
+    except StopRequested as stop:
+        if process_rank() == 0:
+            print(stop.message, file=sys.stderr, flush=True)
+        return int(str(stop.code))
     except Exception as error:
         _let_others_go_first(error)
-        known = isinstance(error, (ToolError, CheckpointError, AnnotationError, ViewError, OSError))
+        known = isinstance(error, _KNOWN)
         if phase.finished and not known:
             raise
         if os.environ.get(SHOW_TRACEBACK) == '1':
@@ -84,8 +93,8 @@ def describe(error: BaseException) -> str:
         return _describe_empty_dataset(error)
     if 'DataLoader worker' in text:  # the worker's traceback as text: its last line is the error
         text = text.strip().splitlines()[-1]
-        text = re.sub(r'^[\w.]*(?:OSError|AnnotationError): ', '', text)
-    speaking = (ToolError, CheckpointError, AnnotationError, OSError, ValueError, RuntimeError)
+        text = re.sub(r'^[\w.]*(?:OSError|AnnotationError|BrokenSampleError): ', '', text)
+    speaking = (*_KNOWN, ValueError, RuntimeError)
     if isinstance(error, speaking) and text:
         return text
     if not text:  # a bare assertion: its place says more than nothing

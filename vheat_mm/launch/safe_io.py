@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from mmengine.fileio import LocalBackend, register_backend
+from mmengine.fileio import register_backend
 from mmengine.runner import CheckpointLoader
 
-from ..checkpoint import atomic_file, read_checkpoint
-
-
-class AtomicLocalBackend(LocalBackend):
-    """MMEngine's local files, but for ``put``, which writes beside the target and renames.
-
-    A full disk, or a kill while writing, leaves no truncated checkpoint behind, and no damaged earlier one.
-    """
-
-    def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write ``obj``; missing folders are made. Raises OSError with the path on failure."""
-        target = Path(filepath)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with atomic_file(target) as file:
-                file.write(obj)
-        except OSError as error:
-            raise OSError(error.errno, f'{error.strerror} while writing', str(target)) from error
+from ..checkpoint import read_checkpoint
+from ..hooks.atomic_checkpoint import AtomicLocalBackend
 
 
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:

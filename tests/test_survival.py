@@ -1,0 +1,332 @@
+"""Trainings that end in the middle, and go on as if they had not."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import ALL_HOOKS, CountedScore, RecordBatches, train
+
+from vheat_mm.checkpoint import CheckpointError, read_checkpoint
+from vheat_mm.hooks import StopRequested, StopSignalHook
+from vheat_mm.hooks.atomic_checkpoint import AtomicLocalBackend
+from vheat_mm.resume import find_newest
+
+TESTS = Path(__file__).parent
+ATOMIC = dict(type='AtomicCheckpointHook')
+EPOCHS, ITERATIONS = (True, 3), (False, 11)  # both with data for 4 iterations a pass
+
+# --- the same numbers, however often a run was ended
+
+
+CASES = [
+    pytest.param(*EPOCHS, 0, 'DefaultSampler', {}, id='epochs, main process'),
+    pytest.param(*EPOCHS, 2, 'DefaultSampler', {}, id='epochs, workers'),
+    pytest.param(*EPOCHS, 2, 'DefaultSampler', dict(persistent=True), id='epochs, persistent workers'),
+    pytest.param(*EPOCHS, 0, 'DefaultSampler', dict(accumulate=3, ema=True), id='epochs, accumulation, average'),
+    pytest.param(*ITERATIONS, 0, 'InfiniteSampler', {}, id='iterations, main process'),
+    pytest.param(*ITERATIONS, 2, 'InfiniteSampler', dict(persistent=True), id='iterations, workers'),
+    pytest.param(*ITERATIONS, 2, 'DefaultSampler', {}, id='iterations over a finite sampler'),
+    pytest.param(
+        *ITERATIONS, 0, 'InfiniteSampler', dict(accumulate=2, ema=True), id='iterations, accumulation, average'
+    ),
+]
+
+
+def assert_same(ours, theirs):
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-7)
+    for batch, expected in zip(ours[1], theirs[1][-len(ours[1]) :], strict=True):
+        torch.testing.assert_close(batch, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(('by_epoch', 'length', 'workers', 'sampler', 'options'), CASES)
+def test_ended_by_a_signal_and_resumed_equals_uninterrupted(tmp_path, by_epoch, length, workers, sampler, options):
+    """Within the first epoch, at its end, within the next, and before the last iteration."""
+    common = dict(sampler=sampler, hooks=ALL_HOOKS, checkpoint=ATOMIC, **options)
+    full = train(tmp_path / 'full', by_epoch, workers, length, **common)
+    total = length * 4 if by_epoch else length
+    assert len(full[1]) == total
+    for after in (1, 6) if workers else (1, 4, 6, total - 1):
+        folder = tmp_path / f'{after}'
+        with pytest.raises(StopRequested) as stop:
+            train(folder, by_epoch, workers, length, **common, send=dict(after=after))
+        assert stop.value.code == 75
+        again = train(folder, by_epoch, workers, length, **common, resume=True)
+        assert len(again[1]) == total - after
+        assert_same(again, full)
+
+
+@pytest.mark.parametrize(('by_epoch', 'stop'), [(True, 'epoch_2.pth'), (False, 'iter_6.pth')])
+def test_resumed_from_a_regular_checkpoint_with_other_workers(tmp_path, by_epoch, stop):
+    """MMEngine's own checkpoint hook, and this package's hook for random numbers only."""
+    length = 3 if by_epoch else 9
+    full = train(tmp_path / 'full', by_epoch, 0, length)
+    again = train(tmp_path / 'again', by_epoch, 2, length, resume=str(tmp_path / 'full' / stop))
+    assert len(again[1]) == (4 if by_epoch else 3)
+    assert_same(again, full)
+
+
+def test_checkpoint_by_iteration_in_a_loop_by_epoch(tmp_path):
+    """Where MMEngine's loop would train the whole epoch once more."""
+    every_three = dict(by_epoch=False, interval=3)
+    full = train(tmp_path / 'full', True, 0, 3, checkpoint=every_three)
+    again = train(tmp_path / 'again', True, 0, 3, resume=str(tmp_path / 'full' / 'iter_6.pth'))
+    assert len(again[1]) == 6
+    assert_same(again, full)
+
+
+def test_without_the_hook_resumed_training_differs(tmp_path):
+    """What the hook is for; should MMEngine restore random states one day, this fails and the hook can go."""
+    full, _ = train(tmp_path / 'full', True, 0, 3, hooks=())
+    again, _ = train(tmp_path / 'again', True, 0, 3, hooks=(), resume=str(tmp_path / 'full' / 'epoch_2.pth'))
+    assert (full - again).abs().max() > 1e-6
+
+
+def test_numbers_drawn_by_others_do_not_matter(tmp_path):
+    ours, _ = train(tmp_path / 'ours', True, 2, 2)
+    theirs, _ = train(tmp_path / 'theirs', True, 2, 2, drawn=3)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize(('by_epoch', 'sampler'), [(True, 'DefaultSampler'), (False, 'InfiniteSampler')])
+def test_passes_differ(tmp_path, workers, by_epoch, sampler):
+    """Each pass over the data has its own order and its own augmentation, of numpy and of PyTorch."""
+    _, batches = train(tmp_path / 'run', by_epoch, workers, 3 if by_epoch else 12, sampler=sampler)
+    passes = [torch.cat(batches[i : i + 4], dim=1) for i in (0, 4, 8)]
+    assert len({tuple(drawn[0].tolist()) for drawn in passes}) == 3
+    assert all(sorted(drawn[0].tolist()) == list(range(8)) for drawn in passes)
+    noise = torch.cat(passes, dim=1)[1:].flatten().tolist()
+    assert len(set(noise)) == len(noise) == 3 * 8 * 2
+
+
+# --- signals
+
+
+def test_signal_while_validating(tmp_path):
+    """The state is saved before the validation ends, in case it does not; then the run ends."""
+    options = dict(hooks=ALL_HOOKS, checkpoint=ATOMIC | dict(interval=5), validate=1)
+    full = train(tmp_path / 'full', True, 0, 3, **options)
+    runs = CountedScore.runs
+    with pytest.raises(StopRequested, match='75'):
+        train(tmp_path / 'again', True, 0, 3, **options, send=dict(in_validation=8))
+    assert CountedScore.runs == runs + 2
+    again = train(tmp_path / 'again', True, 0, 3, **options, resume=True)
+    assert len(again[1]) == 4
+    assert_same(again, full)
+
+
+def test_signal_to_workers_alone_is_survived(tmp_path):
+    """A cluster signals every process of a job, and PyTorch's workers would end on it."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(TESTS)!r})
+from small_runs import *
+@HOOKS.register_module()
+class SignalWorkers(Hook):
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        children = open(f'/proc/self/task/{{os.getpid()}}/children').read().split()
+        assert len(children) >= 2
+        for child in children:
+            os.spawnlp(os.P_WAIT, 'kill', 'kill', '-TERM', child)
+train({str(tmp_path)!r}, False, 2, 6, hooks=(*ALL_HOOKS, 'SignalWorkers'), sampler='InfiniteSampler')
+print('survived')
+"""
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == 'survived\n', done.stderr[-2000:]
+
+
+def test_handlers_are_given_back(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    train(tmp_path, True, 0, 1, hooks=ALL_HOOKS)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize('signals', ['SIGTERM', ['TERM']])
+def test_unknown_signals(signals):
+    with pytest.raises(ValueError, match='SIGUSR1'):
+        StopSignalHook(signals=signals)
+
+
+# --- checkpoint files
+
+
+def test_files_are_written_whole(tmp_path):
+    backend = AtomicLocalBackend()
+    target = tmp_path / 'new' / 'x.pth'
+    backend.put(b'first', target)
+    with pytest.raises(TypeError):
+        backend.put('no bytes', target)
+    assert target.read_bytes() == b'first'
+    assert list(target.parent.iterdir()) == [target]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert target.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A work dir with the checkpoints of three epochs."""
+    train(tmp_path / 'run', True, 0, 3, checkpoint=ATOMIC)
+    return tmp_path / 'run'
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    place = content.index(read_checkpoint(path)['state_dict']['layers.0.weight'].numpy().tobytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [flip_bit, lambda p: p.write_bytes(p.read_bytes()[:-100]), lambda p: p.write_bytes(b''), Path.unlink],
+    ids=['one bit', 'truncated', 'empty', 'gone'],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, damage):
+    damage(run / 'epoch_3.pth')
+    path, notes = find_newest(run)
+    assert path == str(run / 'epoch_2.pth')
+    assert ['epoch_3.pth' in note for note in notes] == ([] if damage == Path.unlink else [True])
+    again = train(run, True, 0, 3, checkpoint=ATOMIC, resume=True)  # the hook chooses, MMEngine would not
+    assert len(again[1]) == 4
+
+
+def test_all_damaged_is_no_new_start(run):
+    for path in run.glob('*.pth'):
+        flip_bit(path)
+    with pytest.raises(CheckpointError, match=r'(?s)nothing whole.*epoch_1.pth.*start anew'):
+        find_newest(run)
+
+
+def test_checkpoint_newer_than_the_file_that_names_the_last(run):
+    """A kill between the two."""
+    (run / 'last_checkpoint').write_text(str(run / 'epoch_2.pth'))
+    os.utime(run / 'last_checkpoint', (0, (run / 'epoch_3.pth').stat().st_mtime - 1))
+    assert find_newest(run)[0] == str(run / 'epoch_3.pth')
+
+
+def test_branch_left_behind(run):
+    """Resumed by name from an earlier checkpoint: what that run wrote last counts, not the higher number."""
+    (run / 'last_checkpoint').write_text(str(run / 'epoch_2.pth'))
+    os.utime(run / 'last_checkpoint', (0, (run / 'epoch_3.pth').stat().st_mtime + 1))
+    assert find_newest(run)[0] == str(run / 'epoch_2.pth')
+
+
+def test_weights_are_no_checkpoint_to_resume(run, tmp_path):
+    torch.save(dict(state_dict={}), run / 'z.pth')
+    (run / 'notes.pth').write_text('no checkpoint')
+    path, notes = find_newest(run)
+    assert (path, len(notes)) == (str(run / 'epoch_3.pth'), 1)
+    (tmp_path / 'pretrained.pth').write_text('no checkpoint')
+    assert find_newest(tmp_path)[0] is None
+
+
+KILLED = f"""
+import os, signal, sys
+sys.path.insert(0, {str(TESTS)!r})
+from small_runs import *
+saves = 0
+{{patch}}
+def killer(*args, **kwargs):
+    global saves
+    saves += 1
+    if saves == {{after}}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+{{target}} = killer
+train({{folder!r}}, True, 0, 3, hooks=ALL_HOOKS, checkpoint=dict(type='AtomicCheckpointHook', max_keep_ckpts=1))
+"""
+MOMENTS = {
+    'before the flush': ('from os import fsync as original', 'os.fsync', 5),
+    'before the rename': ('from pathlib import Path; original = Path.replace', 'Path.replace', 3),
+    'between checkpoint and last_checkpoint': ('from pathlib import Path; original = Path.replace', 'Path.replace', 4),
+    'before the superfluous one goes': (
+        'from vheat_mm.hooks import atomic_checkpoint; original = atomic_checkpoint._remove',
+        'atomic_checkpoint._remove',
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize('moment', MOMENTS)
+def test_killed_while_saving(tmp_path, moment):
+    """With room for one checkpoint only, there is a whole one at any moment."""
+    patch, target, after = MOMENTS[moment]
+    code = KILLED.format(patch=patch, target=target, after=after, folder=str(tmp_path / 'killed'))
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    parts = list((tmp_path / 'killed').glob('.*.part'))
+    assert len(parts) == ('before the flush' in moment or 'rename' in moment or 'between' in moment)
+    options = dict(hooks=ALL_HOOKS, checkpoint=ATOMIC | dict(max_keep_ckpts=1))
+    full = train(tmp_path / 'full', True, 0, 3, **options)
+    again = train(tmp_path / 'killed', True, 0, 3, **options, resume=True)
+    assert len(again[1]) in (4, 8)
+    assert_same(again, full)
+    assert [path.name for path in (tmp_path / 'killed').glob('*epoch*')] == ['epoch_3.pth']
+    assert not list((tmp_path / 'killed').glob('.*'))
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Lets the first so many writes pass, then there is no room."""
+    left = [0]
+    put = AtomicLocalBackend.put
+
+    def limited(self, obj, filepath):
+        if str(filepath).endswith('.pth'):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, 'No space left on device', str(filepath))
+        put(self, obj, filepath)
+
+    monkeypatch.setattr(AtomicLocalBackend, 'put', limited)
+    return left
+
+
+def test_full_disk_ends_no_training_and_loses_no_checkpoint(tmp_path, full_disk, capfd):
+    full_disk[0] = 1
+    with pytest.raises(OSError, match=r'No space.*epoch_3.pth'):
+        train(tmp_path, True, 0, 3, hooks=ALL_HOOKS, checkpoint=ATOMIC | dict(max_keep_ckpts=1))
+    assert len(RecordBatches.batches) == 12  # trained to the end
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['epoch_1.pth']
+    assert find_newest(tmp_path) == (str(tmp_path / 'epoch_1.pth'), [])
+    assert 'epoch_2.pth' in capfd.readouterr().out
+
+
+def test_room_again_at_the_end(tmp_path, full_disk):
+    full_disk[0] = 2
+    train(tmp_path / 'a', True, 0, 2, hooks=ALL_HOOKS, checkpoint=ATOMIC)
+    full_disk[0] = 0
+    save = AtomicLocalBackend.put
+
+    def after_two(self, obj, filepath):
+        if full_disk[0] == -2:
+            full_disk[0] = 1
+        save(self, obj, filepath)
+
+    AtomicLocalBackend.put = after_two
+    train(tmp_path / 'b', True, 0, 2, hooks=ALL_HOOKS, checkpoint=ATOMIC)
+    ours, theirs = (read_checkpoint(tmp_path / name / 'epoch_2.pth') for name in 'ab')
+    assert ours['meta']['iter'] == theirs['meta']['iter'] == 8
+    assert ours['meta']['epoch'] == theirs['meta']['epoch'] == 2
+
+
+def test_full_disk_leaves_the_best_checkpoint(tmp_path, full_disk):
+    best = ATOMIC | dict(save_best='score', rule='greater', interval=5)
+    full_disk[0] = 1  # the first best; neither the second, nor any regular one
+    with pytest.raises(OSError, match='No space'):
+        train(tmp_path, True, 0, 2, hooks=ALL_HOOKS, checkpoint=best, validate=1)
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['best_score_epoch_1.pth']
+
+
+def test_best_checkpoints_take_turns(tmp_path):
+    best = ATOMIC | dict(save_best='score', rule='greater', max_keep_ckpts=1)
+    train(tmp_path, True, 0, 3, hooks=ALL_HOOKS, checkpoint=best, validate=1)
+    assert sorted(path.name for path in tmp_path.glob('*.pth')) == ['best_score_epoch_3.pth', 'epoch_3.pth']

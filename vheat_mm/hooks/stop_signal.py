@@ -1,0 +1,125 @@
+"""SIGTERM, a cluster's warning: save, and end with a status that a scheduler can start the job again on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce, get_world_size, is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from ..loading import WorkerInit, train_loader
+from .atomic_checkpoint import AtomicCheckpointHook
+
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+STOP_NOTE = 'VHEAT_STOP_NOTE'  # a file that tells the launcher on this machine how the run ended
+
+
+class StopRequested(SystemExit):
+    """Training has ended on a signal; ``code`` is :data:`REQUEUE`, ``message`` tells what was saved."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(REQUEUE)
+        self.message = message
+
+
+@HOOKS.register_module()
+class StopSignalHook(Hook):
+    """On SIGTERM, finish the iteration, save ``interrupted.pth``, and end with status 75.
+
+    All processes end after the same iteration, whichever of them was told. A validation is finished first, but the
+    state of training is saved at once, as the time to SIGKILL may not suffice. A second signal changes nothing.
+
+    Args:
+        signals: Names of the signals; with Slurm's ``--signal=USR1@120`` add ``'SIGUSR1'``.
+
+    Raises:
+        ValueError: No such signal.
+    """
+
+    priority = 'LOWEST'  # after the iteration's own checkpoint, and the schedules' steps
+
+    def __init__(self, signals: Sequence[str] = ('SIGTERM',)) -> None:
+        unknown = [name for name in signals if not hasattr(signal, name)]
+        if isinstance(signals, str) or unknown:
+            raise ValueError(f"StopSignalHook: signals={signals!r}, expected names such as ('SIGTERM', 'SIGUSR1')")
+        self.signals = [getattr(signal, name) for name in signals]
+        self._received: str | None = None
+        self._saved: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def before_train(self, runner: Runner) -> None:
+        """Take the signals over, and let data-loader workers outlive them."""
+        if threading.current_thread() is not threading.main_thread():
+            runner.logger.warning('training runs beside the main thread: signals cannot be taken over')
+            return
+        self._previous = {number: signal.signal(number, self._note) for number in self.signals}
+        validation = [runner.val_dataloader] if runner.val_loop is not None else []
+        for loader in (train_loader(runner), *validation):
+            loader.worker_init_fn = WorkerInit(loader.worker_init_fn)
+
+    def _note(self, number: int, _: object) -> None:
+        self._received = signal.Signals(number).name
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """End here, if any process was told to."""
+        if self._agreed():
+            self._save(runner, runner.iter + 1)
+            self._stop(runner, runner.iter + 1)
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Save at once. Processes may validate different numbers of batches, so none waits for another here.
+
+        Under FSDP saving takes all of them, and comes after the validation.
+        """
+        alone = is_main_process() and 'FullySharded' not in type(runner.model).__name__
+        if self._received is not None and self._saved is None and alone and self._previous:
+            self._save(runner, runner.iter)
+
+    def after_val(self, runner: Runner) -> None:
+        """End after the validation, if any process was told to."""
+        if self._previous and self._agreed():
+            self._save(runner, runner.iter)
+            self._stop(runner, runner.iter)
+
+    def after_train(self, runner: Runner) -> None:
+        """Give the signals back."""
+        self._restore()
+
+    def _agreed(self) -> bool:
+        if get_world_size() == 1:
+            return self._received is not None
+        flag = torch.tensor(int(self._received is not None))
+        all_reduce(flag, op='max')
+        return bool(flag)
+
+    def _save(self, runner: Runner, finished_iterations: int) -> None:
+        for hook in runner.hooks:
+            if isinstance(hook, AtomicCheckpointHook):
+                self._saved = hook.save_interrupted(runner, finished_iterations)
+                return
+        runner.logger.warning('nothing saved: StopSignalHook needs AtomicCheckpointHook as default_hooks.checkpoint')
+
+    def _stop(self, runner: Runner, finished_iterations: int) -> None:
+        told = self._received or 'a signal to another process'
+        state = f'state saved to {self._saved}' if self._saved else 'the state could NOT be saved'
+        message = f'ended by {told} after iteration {finished_iterations}; {state}; continue with --resume'
+        runner.logger.warning(message)
+        if note := os.environ.get(STOP_NOTE):
+            Path(note).write_text(message, encoding='utf-8')
+        self._restore()
+        raise StopRequested(message)
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

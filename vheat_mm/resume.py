@@ -1,0 +1,116 @@
+"""Which checkpoint a training goes on from: the newest whole one."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .archive import verify_file
+from .checkpoint import PARTIAL, CheckpointError, read_checkpoint
+from .compat import register_safe_globals
+
+LAST = 'last_checkpoint'  # MMEngine's file with the path of the newest checkpoint
+_OF_TRAINING = re.compile(r'(epoch|iter)_\d+\.pth$|interrupted\.pth$')
+TRAINING_STATE = {'meta', 'state_dict', 'optimizer', 'message_hub'}
+
+
+def find_newest(work_dir: str | Path, since: float | None = None) -> tuple[str | None, list[str]]:
+    """Find the newest checkpoint that training can go on from.
+
+    MMEngine trusts the file ``last_checkpoint``, which names a damaged checkpoint after a crash of the machine, and
+    an older one than there is after a kill between the two files.
+
+    Args:
+        work_dir: Folder of the run. The folder that ``last_checkpoint`` points to is searched, too.
+        since: Leave out files last written before this time, in seconds since the epoch.
+
+    Returns:
+        Its path, or ``None`` where there is no checkpoint; and a line for the log for each damaged one.
+
+    Raises:
+        CheckpointError: There are checkpoints, and every one of them is damaged.
+    """
+    named = _named_last(Path(work_dir))
+    if named is not None and '://' in named:  # in a remote storage, which cannot be listed here
+        return named, []
+    folders = {Path(work_dir), *([Path(named).parent] if named else [])}
+    files = {path.resolve(): path for folder in folders for path in folder.glob('*.pth') if path.is_file()}
+    if since is not None:
+        files = {key: path for key, path in files.items() if path.stat().st_mtime >= since}
+    damaged: dict[Path, str] = {}
+    candidates = []
+    for path in files.values():
+        try:
+            place = _place(path)
+        except CheckpointError as error:
+            damaged[path] = str(error)
+            continue
+        if place is not None:
+            candidates.append((place, path.stat().st_mtime, path))
+    for path in _in_order(candidates, named, Path(work_dir) / LAST):
+        try:
+            verify_file(path)
+        except CheckpointError as error:
+            damaged[path] = str(error)
+            continue
+        return str(path), [f'left out: {reason}' for reason in damaged.values()]
+    lost = [reason for path, reason in damaged.items() if _OF_TRAINING.match(path.name) or str(path) == named]
+    if lost:
+        raise CheckpointError(
+            f'nothing whole to resume from in {str(work_dir)!r}: {"; ".join(lost)}. '
+            'Bring back a whole copy, or move these files away to start anew'
+        )
+    return None, [f'left out: {reason}' for reason in damaged.values()]
+
+
+def _in_order(candidates: list[tuple[tuple[int, int], float, Path]], named: str | None, pointer: Path) -> list[Path]:
+    """Newest first: what was written after ``last_checkpoint``, what it names, then by iteration.
+
+    Iterations alone would go back to a branch left behind, where a run was resumed from an earlier checkpoint by name.
+    """
+    candidates = sorted(candidates, reverse=True)
+    last = [
+        candidate for candidate in candidates if named is not None and candidate[2].resolve() == Path(named).resolve()
+    ]
+    if last:
+        written = pointer.stat().st_mtime
+        later = [candidate for candidate in candidates if candidate[0] > last[0][0] and candidate[1] > written]
+        candidates = list(dict.fromkeys([*later, *last, *candidates]))
+    return [path for _, _, path in candidates]
+
+
+def _named_last(work_dir: Path) -> str | None:
+    with contextlib.suppress(OSError):
+        return (work_dir / LAST).read_text(encoding='utf-8', errors='replace').strip() or None
+    return None
+
+
+def _place(path: Path) -> tuple[int, int] | None:
+    """(iteration, epoch) of a checkpoint; ``None`` for one of weights only, such as the best or a pre-trained one."""
+    checkpoint = _peek(path)
+    meta = checkpoint.get('meta')
+    if not checkpoint.keys() >= TRAINING_STATE or not isinstance(meta, dict):
+        return None
+    place = (meta.get('iter'), meta.get('epoch'))
+    return place if all(isinstance(number, int) for number in place) else None  # type: ignore[return-value]
+
+
+def _peek(path: Path) -> dict[str, Any]:
+    """A checkpoint without its tensors' bytes, which are mapped and never touched."""
+    register_safe_globals()
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except Exception:  # damaged, or of the format that cannot be mapped: the full reader tells
+        checkpoint = read_checkpoint(path)
+    return checkpoint if isinstance(checkpoint, dict) else {}
+
+
+def stale_parts(folder: str | Path) -> Iterator[Path]:
+    """Files that a killed process was writing when it ended."""
+    yield from Path(folder).glob(f'.*.pth.*{PARTIAL}')
+    yield from Path(folder).glob(f'.{LAST}.*{PARTIAL}')
