@@ -116,6 +116,7 @@ def train(
     send=None,
     persistent=False,
     ema=False,
+    logged=10,
 ):
     """Train for ``length`` epochs of 4, or iterations, of 2 samples; returns the weights and the batches.
 
@@ -147,7 +148,7 @@ def train(
                 dict(type='LinearLR', start_factor=0.2, by_epoch=False, end=5),
                 dict(type='ExponentialLR', gamma=0.8, by_epoch=by_epoch),
             ],
-            default_hooks=dict(checkpoint=hook | (checkpoint or {})),
+            default_hooks=dict(checkpoint=hook | (checkpoint or {}), logger=dict(type='LoggerHook', interval=logged)),
             custom_hooks=[
                 dict(type='RecordBatches'),
                 dict(type='DrawNumbers', count=drawn),

@@ -300,6 +300,17 @@ def test_full_disk_ends_no_training_and_loses_no_checkpoint(tmp_path, full_disk,
     assert 'epoch_2.pth' in capfd.readouterr().out
 
 
+def test_full_disk_ends_no_logging(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr('mmengine.visualization.LocalVisBackend._dump', full)
+    train(tmp_path, True, 0, 2, hooks=ALL_HOOKS, checkpoint=ATOMIC, logged=1)
+    assert (tmp_path / 'epoch_2.pth').exists()
+    with pytest.raises(OSError, match='No space'):
+        train(tmp_path, True, 0, 2, logged=1)  # MMEngine alone
+
+
 def test_room_again_at_the_end(tmp_path, full_disk):
     full_disk[0] = 2
     train(tmp_path / 'a', True, 0, 2, hooks=ALL_HOOKS, checkpoint=ATOMIC)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from biting import make_biting_ade, make_biting_coco, make_biting_folder
 from tool_runs import (
     TOOLS,
     assert_message,
@@ -170,3 +172,56 @@ class Mislabel:
     lines = [line for line in (done.stdout + done.stderr).splitlines() if 'is left out' in line]
     assert len(lines) == 2  # epochs
     assert all(f'{where}) is left out' in line and f'label {value} ' in line for line in lines)
+
+
+BITING = {
+    'detection': """
+bad = dict(data_root={root!r}, ann_file='annotations/images.json', data_prefix=dict(img='images/'))
+val_evaluator = dict(ann_file={root!r} + '/annotations/images.json')
+train_cfg = dict(max_epochs=2, val_interval=1)
+""",
+    'segmentation': """
+bad = dict(
+    data_root={root!r}, ann_file='splits/all.txt', img_suffix='.jpg',
+    data_prefix=dict(img_path='images', seg_map_path='annotations'))
+train_cfg = dict(max_iters=16, val_interval=8)
+""",
+    'classification': """
+bad = dict(data_root={root!r}, ann_file='meta/all.txt', data_prefix='train', classes=('box', 'disc'))
+train_cfg = dict(max_epochs=2, val_interval=1)
+""",
+}
+
+
+@pytest.mark.parametrize('task', BITING)
+def test_broken_samples_end_neither_training_nor_validation(tmp_path, data, task):
+    """Every fault of images and label maps at once, in the data of both: left out by path."""
+    pytest.importorskip(dict(detection='mmdet', segmentation='mmseg', classification='mmpretrain')[task])
+    make = dict(detection=make_biting_coco, segmentation=make_biting_ade, classification=make_biting_folder)[task]
+    make(tmp_path / 'bad')
+    extra = BITING[task].replace('{root!r}', repr(str(tmp_path / 'bad')))
+    extra += "train_dataloader['dataset'].update(bad)\nval_dataloader['dataset'].update(bad)\n"
+    if task == 'segmentation':
+        extra += "train_pipeline.insert(2, dict(type='Resize', scale=(64, 64)))\n"
+        extra += "test_pipeline.insert(1, dict(type='Resize', scale=(64, 64)))\n"
+    if task == 'classification':
+        extra += "pipeline[1:1] = [dict(type='Resize', scale=64), dict(type='CenterCrop', crop_size=64)]\n"
+    write_config(tmp_path, task, data, extra)
+    done = run(TOOLS / 'train.py', f'{task}.py', '--work-dir', 'run', cwd=tmp_path)
+    lines = [line for line in done.stdout.splitlines() if 'is left out, another takes its place' in line]
+    named = {Path(found.group(1)).stem for line in lines if (found := re.search(r'\((/.*?)\) is left out', line))}
+    always = {'missing', 'zero_bytes', 'no_image', 'truncated_png', 'damaged_png', 'bomb'}
+    if task == 'segmentation':
+        always |= {
+            'map_missing',
+            'map_zero_bytes',
+            'map_no_image',
+            'map_truncated',
+            'map_value_too_high',
+            'map_other_size',
+        }
+    assert always <= named
+    assert not named & {'good_0', 'good_1', 'good_2', 'good_3', 'cmyk', 'grayscale', 'sixteen_bit', 'palette', 'alpha'}
+    # Fault by fault: validation reads each once, in order; training in passes.
+    assert lines
+    assert all(len(line) < 800 for line in lines)

@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 
 from ..checkpoint import atomic_file
 from ..resume import LAST, find_newest, stale_parts
+from .log_guard import outlive_full_disk
 
 INTERRUPTED = 'interrupted.pth'  # overwritten by each interruption, so that they do not pile up
 SUPERFLUOUS = 'superfluous_ckpt_id'  # in the message hub, beside MMEngine's keep_ckpt_ids
@@ -50,7 +51,7 @@ class AtomicCheckpointHook(CheckpointHook):
     - A checkpoint is written beside its place, flushed to the disk and renamed; ``last_checkpoint`` follows, likewise.
     - Checkpoints that ``max_keep_ckpts`` or a better one make superfluous go after the new one is there, not before.
     - A save that fails (disk full, quota, storage away) is an error in the log, and training goes on to the next one.
-      Only where the last save of the run fails does the run fail.
+      Only where the last save of the run fails does the run fail. Scalars that cannot be logged end none, either.
     - Resuming takes the newest checkpoint that is whole (:func:`vheat_mm.resume.find_newest`), also where MMEngine's
       ``resume=True`` would take a damaged one.
 
@@ -77,6 +78,7 @@ class AtomicCheckpointHook(CheckpointHook):
         if not (self.backend_args or self.file_client_args or '://' in folder):
             self.backend_args = dict(backend='vheat_atomic')
         super().before_train(runner)
+        outlive_full_disk(runner)
         # Killed after writing a checkpoint, and before removing the one that it made superfluous.
         if (step := runner.message_hub.runtime_info.get(SUPERFLUOUS)) not in getattr(self, 'keep_ckpt_ids', ()):
             self._remove_step(step)

@@ -9,9 +9,10 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from torch import Tensor
 
 from ..loading import SkippingFetch, set_fetch, train_loader
-from .annotation_check import check_batch, class_heads
+from .annotation_check import AnnotationError, check_batch, class_heads, read_labels
 from .checkpoint_check import unwrap
 
 
@@ -68,3 +69,21 @@ class LabelCheck:
         data_sample = sample.get('data_samples') if isinstance(sample, Mapping) else None
         if data_sample is not None:
             check_batch(dict(data_samples=[data_sample]), self._heads)
+            check_map_size(sample.get('inputs'), data_sample)
+
+
+def check_map_size(image: Any, data_sample: Any) -> None:
+    """A label map is as large as its image: as given to the model (training), or as it was in the file (validation).
+
+    Raises:
+        AnnotationError: It is neither; a metric ends the run on that.
+    """
+    labels, meta = read_labels(data_sample, 'gt_sem_seg'), getattr(data_sample, 'metainfo', {})
+    if labels is None or not isinstance(image, Tensor):
+        return
+    sizes = [tuple(image.shape[-2:]), *([tuple(meta['ori_shape'][:2])] if 'ori_shape' in meta else [])]
+    if tuple(labels.shape[-2:]) not in sizes:
+        raise AnnotationError(
+            f'{meta.get("seg_map_path") or meta.get("img_path")}: the label map is {tuple(labels.shape[-2:])} (height, '
+            f'width), and its image {sizes[-1]}; write the map anew at the size of the image'
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -58,6 +59,7 @@ def run_training(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def body(phase: SetupEndHook) -> None:
+        logging.raiseExceptions = False  # of a log file on a full disk: else a traceback for each line
         safe_io.install()
         cfg = read_config(args)
         for field in ('train_dataloader', 'train_cfg', 'optim_wrapper'):
