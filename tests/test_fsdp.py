@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from vheat_mm import VHeat
+from vheat_mm.checkpoint import read_checkpoint
 from vheat_mm.compat import ensure_torchvision, register_safe_globals
 from vheat_mm.fsdp import FSDP, ShardedStrategy
 from vheat_mm.hooks import finite as finite  # registers the hook
@@ -174,9 +175,9 @@ def test_resumed_training_equals_uninterrupted(two_processes):
 
 
 def test_checkpoints_are_those_of_any_run(two_processes):
-    """Whole, and read by PyTorch's safe loader."""
+    """Whole, and read by the loader that takes tensors only."""
     folder, results = two_processes
-    checkpoint = torch.load(folder / 'full' / 'epoch_2.pth', weights_only=True)
+    checkpoint = read_checkpoint(folder / 'full' / 'epoch_2.pth')
     assert_close(checkpoint['state_dict'], TinyClassifier().state_dict() | results[0]['full']['weights'], 0)
     assert len(checkpoint['optimizer']['state']) == len(results[0]['full']['weights'])
 

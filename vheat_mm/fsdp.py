@@ -19,7 +19,7 @@ from .vheat import Stage
 
 @STRATEGIES.register_module()
 class ShardedStrategy(FSDPStrategy):
-    """MMEngine's ``FSDPStrategy`` (mmengine <= 0.10.7) with five differences.
+    """MMEngine's ``FSDPStrategy`` (mmengine <= 0.10.7) with six differences.
 
     - Optimizer states are loaded with PyTorch's present order of arguments; MMEngine's, of PyTorch 2.0, ends every
       resume with ``TypeError: unhashable type: 'dict'``.
@@ -27,6 +27,7 @@ class ShardedStrategy(FSDPStrategy):
     - Each stage of the backbone is a unit, gathered and freed on its own. A single block cannot be one: its stage
       reads the block's ``to_k`` before it calls the block.
     - Without a GPU the model stays on the CPU, where MMEngine names a GPU of the local rank's number.
+    - Weights are saved without FSDP's marks, so that safe loading takes them.
     - Checkpoints are whole (``epoch_1.pth``, as DDP writes them). MMEngine's ``'local'`` ones hold classes that safe
       loading refuses.
 
@@ -55,6 +56,13 @@ class ShardedStrategy(FSDPStrategy):
         # Moving to the CPU what is there already copies nothing, and PyTorch frees it: a segmentation fault.
         self.state_dict_config = FullStateDictConfig(rank0_only=True, offload_to_cpu=not on_cpu)
         self.optim_state_dict_config = FullOptimStateDictConfig(rank0_only=True, offload_to_cpu=not on_cpu)
+
+    def model_state_dict(self) -> dict:
+        """The whole weights in the first process, without the marks that FSDP leaves on them.
+
+        A tensor with attributes of its own is pickled as code to be run, which ``read_checkpoint`` refuses.
+        """
+        return {key: value.detach() for key, value in super().model_state_dict().items()}
 
     def optim_state_dict(self) -> dict:
         """The whole optimizer state in the first process, by names of parameters; the loss scaler's with it."""

@@ -116,12 +116,16 @@ def wait(run: subprocess.Popen, seconds: float, until: Callable[[], bool] = lamb
 def end_somehow(run: subprocess.Popen, kind: str, work_dir: Path, rng: random.Random, counts: Counter) -> None:
     """End a run in one of the ways of :data:`KINDS`, unless it ends before."""
     if kind == 'saving':
-        alive = wait(run, 120, lambda: any(work_dir.glob('.*.pth.*.part')))
+        saved = set(work_dir.glob('*.pth'))
+        alive = rng.random() < 0.3 or wait(
+            run, 120, lambda: not saved >= set(work_dir.glob('*.pth'))
+        )  # the next but one
+        alive = alive and wait(run, 120, lambda: any(work_dir.glob('.*.pth.*.part')))
     else:  # mostly while it trains, sometimes while it starts
         log = work_dir.with_suffix('.log')
         begun = log.stat().st_size
         alive = rng.random() < 0.2 or wait(run, 120, lambda: TRAINS in log.read_bytes()[begun:])
-        alive = alive and wait(run, rng.uniform(0, 15))
+        alive = alive and wait(run, rng.uniform(0, 25))
     if not alive:
         return
     counts[kind] += 1

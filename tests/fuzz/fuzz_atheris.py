@@ -1,0 +1,80 @@
+"""Coverage-guided fuzzing of every loader with atheris (libFuzzer); `pip install atheris` first, no test needs it.
+
+python tests/fuzz/fuzz_atheris.py FOLDER [libFuzzer's options, such as -max_total_time=600 -seed=1]
+
+The first byte of an input chooses what the rest is: a file as it is, the pickle of a zip whose checksums are right, the
+pickles of PyTorch's old stream format, or a safetensors file. The corpus in FOLDER starts with whole checkpoints. A
+finding is any error but CheckpointError, code that runs, memory, time, or a file that is written and no checkpoint.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+with atheris.instrument_imports(include=['vheat_mm']):
+    from fuzz.drive import Loaders, Watch, limit_memory, measure
+    from fuzz.hostile_files import records_of, write_zip
+
+    from vheat_mm import pickle_check
+
+FORMS = ('file', 'zip', 'stream', 'safetensors')
+
+
+def main() -> None:
+    """Command line."""
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp())
+    (scratch / 'out').mkdir()
+    pickle_check.MAX_OPCODES = 20_000  # the same rule in less time
+    loaders, watch = Loaders(scratch / 'out'), Watch(scratch)
+    state = {key: value[:1].clone() if value.ndim else value for key, value in loaders.model.state_dict().items()}
+    records = records_of({'model': state})
+    for form, content in whole_files(scratch, state, records).items():
+        (folder / form).write_bytes(bytes([FORMS.index(form)]) + content)
+
+    def drive(data: bytes) -> None:
+        if len(data) < 2:
+            return
+        form, content = FORMS[data[0] % len(FORMS)], data[1:]
+        path = scratch / ('x.safetensors' if form == 'safetensors' else 'x.pth')
+        if form == 'zip':
+            write_zip(path, records | {'data.pkl': content})
+        else:
+            path.write_bytes(content)
+        ways = loaders.ways()
+        first = {name: ways.pop(name) for name in ('verify_file', 'read_checkpoint')}
+        found = measure(loaders, watch, str(path), first)
+        if found['outcomes']['read_checkpoint'] == 'loaded' or data[0] >= 250:  # the others begin with these two
+            found['findings'] += measure(loaders, watch, str(path), ways)['findings']
+        if found['findings'] or found['seconds'] > 20:
+            raise RuntimeError(f'{form}: {found["findings"]} after {found["seconds"]:.1f} s')
+
+    for form in FORMS:  # what is imported late is imported now
+        drive((folder / form).read_bytes())
+    limit_memory()
+    atheris.Setup([sys.argv[0], *sys.argv[2:], str(folder)], drive)
+    atheris.Fuzz()
+
+
+def whole_files(scratch: Path, state: dict[str, torch.Tensor], records: dict[str, bytes]) -> dict[str, bytes]:
+    """One checkpoint in each form."""
+    from safetensors.torch import save
+
+    torch.save({'model': state}, scratch / 'seed.pth')
+    torch.save({'model': state}, scratch / 'old.pth', _use_new_zipfile_serialization=False)
+    return {
+        'file': (scratch / 'seed.pth').read_bytes(),
+        'zip': records['data.pkl'],
+        'stream': (scratch / 'old.pth').read_bytes(),
+        'safetensors': save({key: value.contiguous() for key, value in state.items()}),
+    }
+
+
+if __name__ == '__main__':
+    main()
