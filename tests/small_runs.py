@@ -9,6 +9,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
@@ -98,6 +99,14 @@ class CountedScore(BaseMetric):
         return dict(score=float(self.runs))
 
 
+DISTRIBUTED = dict(
+    launcher='pytorch',
+    cfg=dict(
+        model_wrapper_cfg=dict(
+            type='MMDistributedDataParallel', find_unused_parameters=False, broadcast_buffers=False, device_ids=None
+        )
+    ),
+)
 ALL_HOOKS = ('StopSignalHook', 'NonFiniteGuardHook', 'SkipBrokenSamplesHook', 'ReproducibleHook')
 
 
@@ -117,6 +126,7 @@ def train(
     persistent=False,
     ema=False,
     logged=10,
+    seed=5,
 ):
     """Train for ``length`` epochs of 4, or iterations, of 2 samples; returns the weights and the batches.
 
@@ -156,8 +166,9 @@ def train(
                 *(dict(type=name) for name in hooks),
                 *([dict(type='SignalItself', **send)] if send else []),
             ],
-            randomness=dict(seed=5),
+            randomness=dict(seed=seed),
             resume=resume is not None,
+            **(DISTRIBUTED if dist.is_initialized() else {}),
             load_from=resume if isinstance(resume, str) else None,
             log_level='ERROR',
             experiment_name=f'{next(_counter)}',  # MMEngine keeps loggers by name

@@ -5,17 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from small_runs import ALL_HOOKS, CountedScore, RecordBatches, train
 
 from vheat_mm.checkpoint import CheckpointError, read_checkpoint
-from vheat_mm.hooks import StopRequested, StopSignalHook
+from vheat_mm.hooks import ReproducibleHook, StopRequested, StopSignalHook
 from vheat_mm.hooks.atomic_checkpoint import AtomicLocalBackend
+from vheat_mm.launch.config import add_robust_hooks
 from vheat_mm.resume import find_newest
 
 TESTS = Path(__file__).parent
@@ -106,6 +110,53 @@ def test_passes_differ(tmp_path, workers, by_epoch, sampler):
     assert len(set(noise)) == len(noise) == 3 * 8 * 2
 
 
+@pytest.mark.parametrize('hook', [*ALL_HOOKS, None])
+@pytest.mark.parametrize('sampler', ['DefaultSampler', 'InfiniteSampler'])
+def test_each_hook_alone(tmp_path, hook, sampler):
+    _, batches = train(tmp_path, False, 0, 9, hooks=[hook] if hook else [], sampler=sampler)
+    drawn = torch.cat(batches, dim=1)[0].tolist()
+    assert sorted(drawn[:8]) == sorted(drawn[8:16]) == list(range(8))
+
+
+def test_resumed_without_a_seed_in_the_config(tmp_path):
+    """Each start draws one, before the checkpoint tells that of the run."""
+    full = train(tmp_path / 'full', True, 0, 3, seed=None)
+    again = train(tmp_path / 'again', True, 0, 3, seed=None, resume=str(tmp_path / 'full' / 'epoch_2.pth'))
+    assert_same(again, full)
+
+
+def in_two_processes(rank: int, port: int, folder: Path, options: dict, after: int) -> None:
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK='0')
+    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
+    put = AtomicLocalBackend.put
+
+    def slow(self, obj, filepath):
+        time.sleep(1)
+        put(self, obj, filepath)
+
+    train(folder / 'full', **options)
+    AtomicLocalBackend.put = slow
+    with pytest.raises(StopRequested) as stop:
+        train(folder / 'again', **options, send=dict(after=after) if rank else None)
+    assert 'interrupted.pth' in stop.value.message
+    assert (folder / 'again' / 'interrupted.pth').is_file()  # in the process that did not write it, too
+    train(folder / 'again', **options, resume=True)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_that_accumulate_gradients(tmp_path):
+    """One is signalled, between two steps of the optimizer; each has gradients of its own."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    options = dict(by_epoch=True, workers=0, length=3, hooks=ALL_HOOKS, checkpoint=ATOMIC, accumulate=3, validate=1)
+    torch.multiprocessing.spawn(in_two_processes, (port, tmp_path, options, 4), nprocs=2)
+    ours, theirs = (read_checkpoint(tmp_path / name / 'epoch_3.pth') for name in ('again', 'full'))
+    assert ours['meta']['iter'] == theirs['meta']['iter'] == 6
+    for key, value in ours['state_dict'].items():
+        torch.testing.assert_close(value, theirs['state_dict'][key], rtol=0, atol=1e-6)
+
+
 # --- signals
 
 
@@ -120,6 +171,40 @@ def test_signal_while_validating(tmp_path):
     again = train(tmp_path / 'again', True, 0, 3, **options, resume=True)
     assert len(again[1]) == 4
     assert_same(again, full)
+
+
+def test_killed_in_a_validation_after_a_signal(tmp_path, monkeypatch):
+    """While the model holds the averaged weights."""
+    options = dict(hooks=ALL_HOOKS, checkpoint=ATOMIC | dict(interval=5), validate=1, ema=True)
+    full = train(tmp_path / 'full', True, 0, 3, **options)
+
+    after_val = StopSignalHook.after_val
+
+    def killed(hook, runner):
+        if hook._received:
+            raise SystemExit('killed')
+
+    monkeypatch.setattr(StopSignalHook, 'after_val', killed)
+    with pytest.raises(SystemExit, match='killed'):
+        train(tmp_path / 'again', True, 0, 3, **options, send=dict(in_validation=8))
+    monkeypatch.setattr(StopSignalHook, 'after_val', after_val)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    again = train(tmp_path / 'again', True, 0, 3, **options, resume=True)
+    assert len(again[1]) == 4
+    assert_same(again, full)
+    averages = [read_checkpoint(tmp_path / name / 'epoch_3.pth')['state_dict'] for name in ('full', 'again')]
+    assert all(torch.equal(averages[0][key], averages[1][key]) for key in averages[0])
+
+
+def test_signal_before_a_validation_of_an_iteration_based_loop(tmp_path):
+    """It is not asked for again on resume, so it comes before the end."""
+    options = dict(hooks=ALL_HOOKS, checkpoint=ATOMIC, validate=4, sampler='InfiniteSampler')
+    runs = CountedScore.runs
+    with pytest.raises(StopRequested):
+        train(tmp_path, False, 0, 8, **options, send=dict(after=4))
+    assert CountedScore.runs == runs + 1
+    train(tmp_path, False, 0, 8, **options, resume=True)
+    assert CountedScore.runs == runs + 2
 
 
 def test_signal_to_workers_alone_is_survived(tmp_path):
@@ -217,6 +302,47 @@ def test_branch_left_behind(run):
     (run / 'last_checkpoint').write_text(str(run / 'epoch_2.pth'))
     os.utime(run / 'last_checkpoint', (0, (run / 'epoch_3.pth').stat().st_mtime + 1))
     assert find_newest(run)[0] == str(run / 'epoch_2.pth')
+
+
+def test_branch_left_behind_and_newest_damaged(run):
+    (run / 'last_checkpoint').write_text(str(run / 'epoch_2.pth'))
+    os.utime(run / 'last_checkpoint', (0, (run / 'epoch_3.pth').stat().st_mtime + 1))
+    flip_bit(run / 'epoch_2.pth')
+    assert find_newest(run)[0] == str(run / 'epoch_1.pth')
+
+
+def test_what_only_the_name_of_the_last_tells(run, tmp_path):
+    (run / 'epoch_3.pth').rename(run / 'three.pt')
+    (run / 'last_checkpoint').write_text(str(run / 'three.pt'))
+    assert find_newest(run)[0] == str(run / 'three.pt')
+    (tmp_path / 'moved').mkdir()
+    (tmp_path / 'moved' / 'last_checkpoint').write_text('/scratch/epoch_3.pth')
+    with pytest.raises(CheckpointError, match=r'/scratch/epoch_3.pth.*not there.*--resume PATH'):
+        find_newest(tmp_path / 'moved')
+    (tmp_path / 'moved' / 'epoch_3.pth').mkdir()  # DeepSpeed's
+    (tmp_path / 'moved' / 'last_checkpoint').write_text(str(tmp_path / 'moved' / 'epoch_3.pth'))
+    assert find_newest(tmp_path / 'moved')[0] == str(tmp_path / 'moved' / 'epoch_3.pth')
+
+
+def test_checkpoints_since_a_time(run):
+    """As told by the machine that wrote them: a file server has its own clock."""
+    for path in run.glob('*.pth'):
+        os.utime(path, (0, 0))
+    assert find_newest(run, since=time.time() - 600)[0] == str(run / 'epoch_3.pth')
+    assert find_newest(run, since=time.time() + 600) == (None, [])
+
+
+def test_hooks_are_added_once():
+    classes = (
+        dict(type=ReproducibleHook),
+        dict(type='mmengine.StopSignalHook'),
+        dict(type='vheat_mm.hooks.NonFiniteGuardHook'),
+    )
+    cfg = Config(dict(custom_hooks=[*classes], default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=3))))
+    add_robust_hooks(cfg)
+    assert cfg.default_hooks.checkpoint == dict(type='AtomicCheckpointHook', interval=3)
+    assert len(cfg.custom_hooks) == 4
+    assert cfg.custom_hooks[-1] == dict(type='SkipBrokenSamplesHook')
 
 
 def test_weights_are_no_checkpoint_to_resume(run, tmp_path):

@@ -6,7 +6,8 @@ Machines are described as everywhere in OpenMMLab, by the environment: NNODES (d
 MASTER_ADDR (127.0.0.1), PORT (a free one; 29500 over several machines). Two more turn on torchrun's elasticity:
 
     MAX_RESTARTS=3   start all processes again, at most so often, where one of them has died; training resumes by itself
-    NNODES=1:4       go on with as many machines as there are, within these bounds; needs --resume, and no NODE_RANK
+    NNODES=1:4       go on with as many machines as there are, within these bounds; needs --resume, and no NODE_RANK;
+                     MAX_RESTARTS is 3 where it is not set
 
 Exits with the status of the process that failed first; with 75 where SIGTERM ended a training that has saved its
 state. torchrun's own report, a traceback, is left out: the process has said already why it ended.
@@ -34,10 +35,15 @@ def torchrun_options(processes: int, command: list[str]) -> list[str]:
     """Options of torchrun from the environment. Raises ValueError where they make no sense."""
     least, most = _bounds(os.environ.get('NNODES') or '1')
     rank, port, restarts = (_number(name) for name in ('NODE_RANK', 'PORT', 'MAX_RESTARTS'))
-    if least != most and '--resume' not in command:
-        raise ValueError(
-            f'NNODES={least}:{most}: add --resume, so that machines that join later start where the others are'
-        )
+    if least != most:
+        if '--resume' not in command or not (command[-1:] == ['--resume'] or _follows(command).startswith('-')):
+            raise ValueError(
+                f'NNODES={least}:{most}: add --resume, without a path, so that machines that join later start where '
+                'the others are'
+            )
+        restarts = 3 if restarts is None else restarts  # the end of a machine is one, to the others
+        # With PyTorch 2.13 a machine that joins later waits for an address that the first one never publishes.
+        os.environ.setdefault('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')
     if (rank or 0) >= most:
         raise ValueError(f'NNODES={most} and NODE_RANK={rank}: ranks run from 0 to NNODES - 1')
     address = os.environ.get('MASTER_ADDR') or ('127.0.0.1' if most == 1 else '')
@@ -56,6 +62,10 @@ def torchrun_options(processes: int, command: list[str]) -> list[str]:
         return [*options, '--nnodes', f'{least}:{most}', *rendezvous, '--rdzv_conf', configuration]
     static = ('--node_rank', str(rank or 0), '--master_addr', address, '--master_port', str(port))
     return [*options, '--nnodes', str(most), *static]
+
+
+def _follows(command: list[str]) -> str:
+    return command[command.index('--resume') + 1]
 
 
 def _bounds(nodes: str) -> tuple[int, int]:

@@ -40,6 +40,8 @@ def reseed(seed: int, purpose: int, position: int | Sequence[int], rank: int) ->
 class Batch(list):
     """Indices of a batch that know their place in training: (epoch, number within the epoch).
 
+    In iteration-based loops, the pass over the data set that the loop set out with, and the number since.
+
     They travel with the indices to whichever worker loads them.
     """
 
@@ -71,7 +73,7 @@ class PositionedBatches:
         return len(self.batches)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
-        draws, own = self._draw(), _OwnRandomState()
+        epoch, draws, own = self.epoch, self._draw(self.epoch), _OwnRandomState()
         start, self.start = self.start, 0
         with own:
             deque(itertools.islice(draws, start), maxlen=0)
@@ -81,12 +83,12 @@ class PositionedBatches:
             if drawn is None:
                 return
             batch = Batch(drawn)
-            batch.position = (self.epoch, number)
+            batch.position = (epoch, number)
             yield batch
 
-    def _draw(self) -> Iterator[Sequence[int]]:
+    def _draw(self, epoch: int) -> Iterator[Sequence[int]]:
         while True:
-            reseed(self._seed, EPOCH, self.epoch, self._rank)
+            reseed(self._seed, EPOCH, epoch, self._rank)
             batch = None
             for batch in self.batches:
                 yield batch
@@ -94,9 +96,9 @@ class PositionedBatches:
                 return
             if batch is None:
                 raise ValueError('the training set gives no batch: it is smaller than one, and drop_last drops it')
-            self.epoch += 1
+            epoch += 1
             if set_epoch := getattr(self.sampler, 'set_epoch', None):
-                set_epoch(self.epoch)
+                set_epoch(epoch)
 
 
 class _OwnRandomState:
@@ -170,8 +172,8 @@ class SkippingFetch:
             MMLogger.get_current_instance().error(
                 f'sample {index} ({path_of(self._dataset, index)}) is left out, another takes its place: {text}'
             )
-            if _may_pass(error):
-                time.sleep(2**attempt)
+            if _may_pass(error) and attempt + 1 < self._tries:
+                time.sleep(min(2**attempt, 30))
             index = int(np.random.randint(len(self._dataset)))  # noqa: NPY002 (seeded with the batch)
         raise BrokenSampleError(
             f'{self._tries} samples in a row could not be loaded, the last one with: {text}. '
@@ -203,16 +205,21 @@ def train_loader(runner: Runner) -> DataLoader:
     """The training loader, with no worker started.
 
     An iteration-based loop of MMEngine starts its workers, and draws from its sampler, when it is built: before any
-    hook can say how. Such a loop gets a loader like it, from the same config, and around the same data.
+    hook can say how. Such a loop gets a loader like it, from the same config, and around the same data. Where there
+    is no config, as the runner was given a loader, that one stays, with its workers.
     """
     loop = runner.train_loop
     old = getattr(loop, 'dataloader_iterator', None)
-    if old is None or isinstance(old, Batches):
+    if old is None or isinstance(old, Batches) or not isinstance(runner._train_dataloader, dict):
         return loop.dataloader
-    if isinstance(runner._train_dataloader, dict):
-        cfg = {**runner._train_dataloader, 'dataset': loop.dataloader.dataset}
-        apart = runner._randomness_cfg.get('diff_rank_seed', False)
+    dataset = loop.dataloader.dataset
+    cfg = {**runner._train_dataloader, 'dataset': dataset}
+    apart = runner._randomness_cfg.get('diff_rank_seed', False)
+    dataset.__deepcopy__ = lambda memo: dataset  # MMEngine copies the config, and would copy what is in it
+    try:
         loop.dataloader = runner.build_dataloader(cfg, seed=runner.seed, diff_rank_seed=apart)
+    finally:
+        del dataset.__deepcopy__
     loop.dataloader_iterator = Batches(loop.dataloader)
     return loop.dataloader
 
@@ -236,7 +243,7 @@ class Batches:
     """Iterator over a loader that starts its workers with the first batch asked for."""
 
     def __init__(self, loader: DataLoader, left_out: int = 0) -> None:
-        self._loader, self._left_out = loader, left_out
+        self._loader, self._left_out, self._passes = loader, left_out, 0
         self._iterator: Iterator | None = None
 
     def __iter__(self) -> Batches:
@@ -248,7 +255,15 @@ class Batches:
             return None
         if self._iterator is None:
             self._iterator = iter(self._loader)
-        return next(self._iterator)
+        try:
+            return next(self._iterator)
+        except StopIteration:  # of a finite sampler that nothing has made endless
+            self._passes += 1
+            for sampler in (self._loader.sampler, getattr(self._loader.batch_sampler, 'sampler', None)):
+                if set_epoch := getattr(sampler, 'set_epoch', None):
+                    set_epoch(self._passes)
+            self._iterator = iter(self._loader)
+            return next(self._iterator)
 
 
 class WorkerInit:
@@ -272,5 +287,5 @@ class WorkerInit:
 
 def _end_with_parent() -> None:
     while True:
-        if signal.sigwaitinfo({signal.SIGTERM}).si_pid in (0, os.getpid(), os.getppid()):
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid in (os.getpid(), os.getppid()):
             os._exit(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,30 +28,33 @@ def find_newest(work_dir: str | Path, since: float | None = None) -> tuple[str |
 
     Args:
         work_dir: Folder of the run. The folder that ``last_checkpoint`` points to is searched, too.
-        since: Leave out files last written before this time, in seconds since the epoch.
+        since: Leave out checkpoints written before this time, in seconds since the epoch, and what is damaged.
 
     Returns:
         Its path, or ``None`` where there is no checkpoint; and a line for the log for each damaged one.
 
     Raises:
-        CheckpointError: There are checkpoints, and every one of them is damaged.
+        CheckpointError: Every checkpoint is damaged; or the last one is gone, and there is no other.
     """
     named = _named_last(Path(work_dir))
     if named is not None and '://' in named:  # in a remote storage, which cannot be listed here
         return named, []
-    folders = {Path(work_dir), *([Path(named).parent] if named else [])}
+    last = Path(named) if named is not None else None
+    if last is not None and last.is_dir() and since is None:  # DeepSpeed's, which only its own loader reads
+        return named, []
+    folders = [Path(work_dir), *([last.parent] if last is not None else [])]
     files = {path.resolve(): path for folder in folders for path in folder.glob('*.pth') if path.is_file()}
-    if since is not None:
-        files = {key: path for key, path in files.items() if path.stat().st_mtime >= since}
+    if last is not None and last.is_file():
+        files.setdefault(last.resolve(), last)  # of whatever suffix
     damaged: dict[Path, str] = {}
     candidates = []
     for path in files.values():
         try:
-            place = _place(path)
+            place, written = _place(path)
         except CheckpointError as error:
             damaged[path] = str(error)
             continue
-        if place is not None:
+        if place is not None and (since is None or written >= since):
             candidates.append((place, path.stat().st_mtime, path))
     for path in _in_order(candidates, named, Path(work_dir) / LAST):
         try:
@@ -59,11 +63,20 @@ def find_newest(work_dir: str | Path, since: float | None = None) -> tuple[str |
             damaged[path] = str(error)
             continue
         return str(path), [f'left out: {reason}' for reason in damaged.values()]
+    if since is not None:  # others may be whole, and older
+        return None, []
+    if last is not None and last.resolve() in files and last not in damaged:
+        return named, []  # without the optimizer's state, as its run was configured
     lost = [reason for path, reason in damaged.items() if _OF_TRAINING.match(path.name) or str(path) == named]
     if lost:
         raise CheckpointError(
             f'nothing whole to resume from in {str(work_dir)!r}: {"; ".join(lost)}. '
             'Bring back a whole copy, or move these files away to start anew'
+        )
+    if last is not None and not last.exists():
+        raise CheckpointError(
+            f'{str(Path(work_dir) / LAST)!r} names {named!r}, which is not there: bring it back, name another with '
+            f'--resume PATH, or remove {LAST} to start anew'
         )
     return None, [f'left out: {reason}' for reason in damaged.values()]
 
@@ -80,7 +93,8 @@ def _in_order(candidates: list[tuple[tuple[int, int], float, Path]], named: str 
     if last:
         written = pointer.stat().st_mtime
         later = [candidate for candidate in candidates if candidate[0] > last[0][0] and candidate[1] > written]
-        candidates = list(dict.fromkeys([*later, *last, *candidates]))
+        earlier = [candidate for candidate in candidates if candidate[0] < last[0][0]]
+        candidates = list(dict.fromkeys([*later, *last, *earlier, *candidates]))
     return [path for _, _, path in candidates]
 
 
@@ -90,14 +104,23 @@ def _named_last(work_dir: Path) -> str | None:
     return None
 
 
-def _place(path: Path) -> tuple[int, int] | None:
-    """(iteration, epoch) of a checkpoint; ``None`` for one of weights only, such as the best or a pre-trained one."""
+def _place(path: Path) -> tuple[tuple[int, int] | None, float]:
+    """(iteration, epoch) of a checkpoint, and when it was written by the clock of the machine that wrote it.
+
+    The place is ``None`` for weights only, such as the best or pre-trained ones.
+    """
     checkpoint = _peek(path)
     meta = checkpoint.get('meta')
     if not checkpoint.keys() >= TRAINING_STATE or not isinstance(meta, dict):
-        return None
-    place = (meta.get('iter'), meta.get('epoch'))
-    return place if all(isinstance(number, int) for number in place) else None  # type: ignore[return-value]
+        return None, 0.0
+    iteration, epoch = meta.get('iter'), meta.get('epoch')
+    if not isinstance(iteration, int) or not isinstance(epoch, int):
+        return None, 0.0
+    try:
+        written = time.mktime(time.strptime(str(meta.get('time')), '%Y%m%d_%H%M%S')) + 1  # cut to seconds
+    except (ValueError, OverflowError):
+        written = path.stat().st_mtime
+    return (iteration, epoch), written
 
 
 def _peek(path: Path) -> dict[str, Any]:

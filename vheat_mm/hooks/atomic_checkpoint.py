@@ -6,14 +6,16 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import is_main_process
+import torch
+from mmengine.dist import all_gather_object, all_reduce, get_world_size, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ..checkpoint import atomic_file
+from ..checkpoint import CheckpointError, atomic_file
 from ..resume import LAST, find_newest, stale_parts
+from .accumulation import COLLECT
 from .log_guard import outlive_full_disk
 
 INTERRUPTED = 'interrupted.pth'  # overwritten by each interruption, so that they do not pile up
@@ -59,6 +61,7 @@ class AtomicCheckpointHook(CheckpointHook):
     """
 
     _failed: OSError | None = None
+    _meta: dict = {}  # noqa: RUF012 (never changed, only replaced)
     # Of MMEngine's class, which sets them without a type.
     backend_args: dict | None
     file_backend: Any
@@ -69,6 +72,8 @@ class AtomicCheckpointHook(CheckpointHook):
         if runner._resume and runner._load_from is None:
             runner._load_from, notes = find_newest(runner.work_dir)
             runner._resume = runner._load_from is not None
+            if not runner._resume:
+                notes.append(f'nothing to resume from in {runner.work_dir}: training starts from the beginning')
             for note in notes:
                 runner.logger.warning(note)
 
@@ -82,6 +87,7 @@ class AtomicCheckpointHook(CheckpointHook):
         # Killed after writing a checkpoint, and before removing the one that it made superfluous.
         if (step := runner.message_hub.runtime_info.get(SUPERFLUOUS)) not in getattr(self, 'keep_ckpt_ids', ()):
             self._remove_step(step)
+        _check_alike(runner)
         if is_main_process():
             for part in {*stale_parts(self.out_dir), *stale_parts(runner.work_dir)}:
                 part.unlink(missing_ok=True)
@@ -89,9 +95,8 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def after_train(self, runner: Runner) -> None:
         """Try once more to save what could not be saved at the end. Raises OSError where it fails again."""
-        if self._failed is not None and self.save_last:
+        if self.save_last and anywhere(self._failed is not None):
             runner.logger.warning('the last checkpoint could not be written: trying once more')
-            self._failed = None
             meta = dict(epoch=runner.epoch, iter=runner.iter)
             step = runner.epoch if self.by_epoch else runner.iter
             self._save_checkpoint_with_step(runner, step, meta)
@@ -128,6 +133,8 @@ class AtomicCheckpointHook(CheckpointHook):
         """Write a checkpoint, then the file that names it; returns the path, ``None`` where that failed."""
         path, before = self.file_backend.join_path(self.out_dir, name), self.last_ckpt
         runner.message_hub.update_info('last_ckpt', path)
+        runner.call_hook(COLLECT)
+        self._meta = meta
         try:
             runner.save_checkpoint(
                 self.out_dir,
@@ -140,17 +147,26 @@ class AtomicCheckpointHook(CheckpointHook):
                 backend_args=self.backend_args,
                 **self.args,
             )
-            if is_main_process():
-                AtomicLocalBackend().put_text(path, Path(runner.work_dir) / LAST)
-                if name != INTERRUPTED:  # training has left that state behind
-                    _remove(self.file_backend, self.file_backend.join_path(self.out_dir, INTERRUPTED))
         except OSError as error:
             self._failed = error
             runner.message_hub.update_info('last_ckpt', before)
             _report(runner, path, error)
             return None
+        finally:
+            self._meta = {}
         self._failed, self.last_ckpt = None, path
+        if is_main_process():
+            try:
+                AtomicLocalBackend().put_text(path, Path(runner.work_dir) / LAST)
+            except OSError as error:  # resuming finds the checkpoint without it
+                _report(runner, LAST, error)
+            if name != INTERRUPTED:  # training has left that state behind
+                _remove(self.file_backend, self.file_backend.join_path(self.out_dir, INTERRUPTED))
         return path
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Put back what ``FlexibleRunner`` writes over: the place in training that the checkpoint is of."""
+        checkpoint['meta'].update(self._meta)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         before, info = self._best(), dict(runner.message_hub.runtime_info)
@@ -193,6 +209,25 @@ class _LaterRemoving:
         self.superfluous.append(path)
 
     rmtree = remove
+
+
+def anywhere(here: bool) -> bool:
+    """Whether something holds in any process. All of them must call it."""
+    if get_world_size() == 1:
+        return here
+    flag = torch.tensor(int(here))
+    all_reduce(flag, op='max')
+    return bool(flag)
+
+
+def _check_alike(runner: Runner) -> None:
+    """Raise CheckpointError where processes have resumed from different places."""
+    places = all_gather_object((runner.epoch, runner.iter))
+    if len(set(places)) > 1:
+        raise CheckpointError(
+            f'processes have resumed at different (epoch, iteration): {places}; their work_dir {runner.work_dir!r} '
+            'must be the same folder on all machines'
+        )
 
 
 def _report(runner: Runner, what: str, error: OSError) -> None:

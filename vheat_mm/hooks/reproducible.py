@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmengine.dist import all_reduce_params, get_rank, get_world_size
+from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
-from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
 from ..loading import ITERATION, Batches, PositionedBatches, SeededFetch, reseed, set_fetch, train_loader
-from .checkpoint_check import unwrap
+from .accumulation import are_waiting, collect, restore
 
 # Entries of a checkpoint's ``meta``.
 BATCHES_DONE, PROCESSES = 'vheat_batches_done', 'vheat_processes'
@@ -39,6 +38,7 @@ class ReproducibleHook(Hook):
         self._epoch = self._batch_idx = -1
         self._resumed: dict[str, Any] = {}
         self._gradients: dict[str, Any] = {}
+        self._waiting: dict[str, Any] | None = None
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Keep what tells the place within an epoch."""
@@ -49,22 +49,29 @@ class ReproducibleHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Put the places of batches into the loader."""
         loop, loader = runner.train_loop, train_loader(runner)
-        if not isinstance(loop, EpochBasedTrainLoop | IterBasedTrainLoop) or loader.batch_sampler is None:
-            runner.logger.warning(
-                f'{type(loop).__name__} with {type(loader).__name__}: what is drawn after resuming differs from an '
-                'uninterrupted run; ReproducibleHook knows epoch- and iteration-based loops over batches'
-            )
+        if isinstance(loader.batch_sampler, PositionedBatches):  # of the same hook, configured twice
             return
         endless = isinstance(loop, IterBasedTrainLoop)
+        fresh = isinstance(getattr(loop, 'dataloader_iterator', None), Batches) if endless else True
+        known = isinstance(loop, EpochBasedTrainLoop | IterBasedTrainLoop)
+        if not known or not fresh or loader.batch_sampler is None:
+            runner.logger.warning(
+                f'{type(loop).__name__} with {type(loader).__name__}: what is drawn after resuming differs from an '
+                'uninterrupted run; ReproducibleHook knows epoch- and iteration-based loops over batches, whose '
+                'train_dataloader is a config'
+            )
+            return
+        if not runner._randomness_cfg.get('diff_rank_seed', False):
+            samplers: list[Any] = [loader.sampler, getattr(loader.batch_sampler, 'sampler', None)]
+            for sampler in samplers:
+                if isinstance(getattr(sampler, 'seed', None), int):  # drawn at this start, before the checkpoint's
+                    sampler.seed = runner.seed
         self._batches = PositionedBatches(loader.batch_sampler, runner.seed, get_rank(), endless)
         # PyTorch refuses to set it. A new loader would be an object that other hooks have not seen.
         vars(loader)['batch_sampler'] = self._batches
         set_fetch(loader, lambda fetch: SeededFetch(fetch, runner.seed, get_rank()))
-        if self._gradients:
-            for name, parameter in unwrap(runner.model).named_parameters():
-                if name in self._gradients:
-                    parameter.grad = self._gradients[name].to(parameter)
-            self._gradients = {}
+        restore(runner, self._gradients)
+        self._gradients = {}
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Set out from where the checkpoint was made."""
@@ -109,7 +116,7 @@ class ReproducibleHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Fix what the model's forward pass draws."""
-        self._batch_idx = batch_idx
+        self._batch_idx, self._waiting = batch_idx, None
         reseed(runner.seed, ITERATION, runner.iter, get_rank())
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -118,10 +125,22 @@ class ReproducibleHook(Hook):
         within = meta['epoch'] == self._epoch and isinstance(runner.train_loop, EpochBasedTrainLoop)
         meta[BATCHES_DONE] = self._batch_idx + 1 if within else 0
         meta[PROCESSES] = get_world_size()
-        wrapper = runner.optim_wrapper
-        if 'optimizer' in checkpoint and isinstance(wrapper, OptimWrapper) and not wrapper.should_update():
-            named = [(name, p.grad) for name, p in unwrap(runner.model).named_parameters() if p.grad is not None]
-            gradients = {name: gradient.detach().clone() for name, gradient in named}
-            if runner.model.training:  # while validating, the first process may be alone here
-                all_reduce_params(gradients.values(), op='mean')  # each process has accumulated its own so far
-            checkpoint[GRADIENTS] = {name: gradient.cpu() for name, gradient in gradients.items()}
+        if 'optimizer' in checkpoint and are_waiting(runner.optim_wrapper):
+            if self._waiting is None and get_world_size() == 1:
+                self._waiting = collect(runner)
+            if self._waiting is None:
+                runner.logger.warning(
+                    'the gradients accumulated so far are not in this checkpoint: it needs AtomicCheckpointHook, and '
+                    'a model that is not sharded'
+                )
+            else:
+                checkpoint[GRADIENTS] = self._waiting
+
+    def before_collective_save(self, runner: Runner) -> None:
+        """Gather what only all processes together can; :class:`AtomicCheckpointHook` calls this before it saves."""
+        if are_waiting(runner.optim_wrapper) and isinstance(runner, Runner):
+            self._waiting = collect(runner)
+
+    def before_val(self, runner: Runner) -> None:
+        """The same for a save during validation, which the first process makes alone."""
+        self.before_collective_save(runner)

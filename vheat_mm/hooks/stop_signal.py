@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from mmengine.dist import all_reduce, get_world_size, is_main_process
-from mmengine.hooks import Hook
+from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 
 from ..loading import WorkerInit, train_loader
-from .atomic_checkpoint import AtomicCheckpointHook
+from .atomic_checkpoint import AtomicCheckpointHook, anywhere
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 STOP_NOTE = 'VHEAT_STOP_NOTE'  # a file that tells the launcher on this machine how the run ended
@@ -72,22 +72,24 @@ class StopSignalHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         """End here, if any process was told to."""
-        if self._agreed():
+        if self._previous and anywhere(self._received is not None):
             self._save(runner, runner.iter + 1)
-            self._stop(runner, runner.iter + 1)
+            if not _validates_now(runner):  # else it ends afterwards
+                self._stop(runner, runner.iter + 1)
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Save at once. Processes may validate different numbers of batches, so none waits for another here.
 
-        Under FSDP saving takes all of them, and comes after the validation.
+        Where saving takes all of them (``FlexibleRunner``), it comes after the validation.
         """
-        alone = is_main_process() and 'FullySharded' not in type(runner.model).__name__
+        alone = is_main_process() and isinstance(runner, Runner)
         if self._received is not None and self._saved is None and alone and self._previous:
-            self._save(runner, runner.iter)
+            with _weights_of_training(runner):
+                self._write(runner, runner.iter)
 
     def after_val(self, runner: Runner) -> None:
         """End after the validation, if any process was told to."""
-        if self._previous and self._agreed():
+        if self._previous and anywhere(self._received is not None):
             self._save(runner, runner.iter)
             self._stop(runner, runner.iter)
 
@@ -95,14 +97,14 @@ class StopSignalHook(Hook):
         """Give the signals back."""
         self._restore()
 
-    def _agreed(self) -> bool:
-        if get_world_size() == 1:
-            return self._received is not None
-        flag = torch.tensor(int(self._received is not None))
-        all_reduce(flag, op='max')
-        return bool(flag)
-
     def _save(self, runner: Runner, finished_iterations: int) -> None:
+        """Save with all processes, none of which goes on before the file is whole."""
+        self._write(runner, finished_iterations)
+        saved = [self._saved]
+        broadcast_object_list(saved)
+        self._saved = saved[0]
+
+    def _write(self, runner: Runner, finished_iterations: int) -> None:
         for hook in runner.hooks:
             if isinstance(hook, AtomicCheckpointHook):
                 self._saved = hook.save_interrupted(runner, finished_iterations)
@@ -115,11 +117,34 @@ class StopSignalHook(Hook):
         message = f'ended by {told} after iteration {finished_iterations}; {state}; continue with --resume'
         runner.logger.warning(message)
         if note := os.environ.get(STOP_NOTE):
-            Path(note).write_text(message, encoding='utf-8')
-        self._restore()
+            with contextlib.suppress(OSError):
+                Path(note).write_text(message, encoding='utf-8')
+        for number in self._previous:  # until the process has ended
+            signal.signal(number, signal.SIG_IGN)
         raise StopRequested(message)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def _validates_now(runner: Runner) -> bool:
+    """Whether an iteration-based loop validates after this iteration, without being asked again on resume."""
+    loop, done = runner.train_loop, runner.iter + 1
+    if not isinstance(loop, IterBasedTrainLoop) or runner.val_loop is None or done < loop.val_begin:
+        return False
+    return done % loop.val_interval == 0 or done == loop.max_iters
+
+
+@contextlib.contextmanager
+def _weights_of_training(runner: Runner) -> Iterator[None]:
+    """Within a validation, have the model hold the weights it trains and not their average."""
+    averages = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
+    for hook in averages:
+        hook._swap_ema_parameters()
+    try:
+        yield
+    finally:
+        for hook in averages:
+            hook._swap_ema_parameters()

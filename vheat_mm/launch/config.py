@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
@@ -97,20 +98,26 @@ def read_config(args: argparse.Namespace) -> Config:
 def add_hook(cfg: Config, name: str) -> None:
     """Append a hook of ours, unless the config configures it itself."""
     hooks = list(cfg.get('custom_hooks') or [])
-    if not any(hook.get('type') == name for hook in hooks if isinstance(hook, dict)):
+    if not any(is_type(hook, name) for hook in hooks):
         hooks.append(dict(type=name))
     cfg.custom_hooks = hooks
 
 
+def is_type(part: Any, name: str) -> bool:
+    """Whether a part of a config is of that type: written as a name, with or without scope or module, or a class."""
+    kind = part.get('type') if isinstance(part, dict) else type(part)
+    return (kind if isinstance(kind, str) else getattr(kind, '__name__', '')).split('.')[-1] == name
+
+
 def drop_hook(cfg: Config, name: str) -> None:
     """Remove a hook from the config, in place."""
-    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook.get('type') != name]
+    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if not is_type(hook, name)]
 
 
 def add_robust_hooks(cfg: Config) -> None:
     """Put the hooks that a long training lives on into a config, in place; those it configures itself stay."""
     checkpoint = cfg.setdefault('default_hooks', {}).setdefault('checkpoint', dict(type='CheckpointHook'))
-    if isinstance(checkpoint, dict) and str(checkpoint.get('type')).split('.')[-1] == 'CheckpointHook':
+    if isinstance(checkpoint, dict) and is_type(checkpoint, 'CheckpointHook'):
         checkpoint['type'] = 'AtomicCheckpointHook'  # a subclass, with the same arguments
     for name in ('ReproducibleHook', 'StopSignalHook', 'NonFiniteGuardHook', 'SkipBrokenSamplesHook'):
         add_hook(cfg, name)

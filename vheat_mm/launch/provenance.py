@@ -39,6 +39,8 @@ def log_provenance(runner: Runner, argv: list[str]) -> None:
         runner: Built, not yet running.
         argv: The command line.
     """
+    if runner.rank != 0:
+        return
     package = Path(vheat_mm.__file__).parent
     state: dict[str, Any] = dict(
         command=argv,
@@ -54,6 +56,5 @@ def log_provenance(runner: Runner, argv: list[str]) -> None:
         f'working directory at commit {state["commit_of_working_directory"]}, seed {state["seed"]}, '
         f'{"deterministic" if state["deterministic"] else "not deterministic"}, {state["processes"]} processes'
     )
-    if runner.rank == 0:
-        state.update(environment={key: str(value) for key, value in collect_env().items()}, python=sys.version)
-        AtomicLocalBackend().put_text(json.dumps(state, indent=2), Path(runner.log_dir) / 'environment.json')
+    state.update(environment={key: str(value) for key, value in collect_env().items()}, python=sys.version)
+    AtomicLocalBackend().put_text(json.dumps(state, indent=2), Path(runner.log_dir) / 'environment.json')
