@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import os
 import signal
@@ -127,7 +128,9 @@ def test_resumed_without_a_seed_in_the_config(tmp_path):
 
 def in_two_processes(rank: int, port: int, folder: Path, options: dict, after: int) -> None:
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK='0')
-    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
+    # A process that waits for one that never comes must fail, not hang.
+    limit = datetime.timedelta(seconds=60)
+    torch.distributed.init_process_group('gloo', rank=rank, world_size=2, timeout=limit)
     put = AtomicLocalBackend.put
 
     def slow(self, obj, filepath):
@@ -137,7 +140,9 @@ def in_two_processes(rank: int, port: int, folder: Path, options: dict, after: i
     train(folder / 'full', **options)
     AtomicLocalBackend.put = slow
     with pytest.raises(StopRequested) as stop:
-        train(folder / 'again', **options, send=dict(after=after) if rank else None)
+        train(folder / 'again', **options, send=None if rank else dict(in_validation=2))
+    with pytest.raises(StopRequested) as stop:
+        train(folder / 'again', **options, resume=True, send=dict(after=after) if rank else None)
     assert 'interrupted.pth' in stop.value.message
     assert (folder / 'again' / 'interrupted.pth').is_file()  # in the process that did not write it, too
     train(folder / 'again', **options, resume=True)
@@ -145,7 +150,7 @@ def in_two_processes(rank: int, port: int, folder: Path, options: dict, after: i
 
 
 def test_two_processes_that_accumulate_gradients(tmp_path):
-    """One is signalled, between two steps of the optimizer; each has gradients of its own."""
+    """One is signalled, between two steps of the optimizer, as each has gradients of its own: first in a validation."""
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]

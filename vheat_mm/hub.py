@@ -210,7 +210,7 @@ def _check_config(cls: type[_HubModel], path: Path) -> None:
         raise CheckpointError(f'there is no {name!r}: save_pretrained of a vHeat writes it beside the weights')
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f'{name!r} is damaged: {error}; save or download it again') from error
     classes = {sub.architecture: sub.__name__ for sub in (HubVHeat, HubVHeatClassifier)}
     written = config.get(_ARCHITECTURE) if isinstance(config, dict) else None

@@ -138,9 +138,9 @@ class ReproducibleHook(Hook):
 
     def before_collective_save(self, runner: Runner) -> None:
         """Gather what only all processes together can; :class:`AtomicCheckpointHook` calls this before it saves."""
-        if are_waiting(runner.optim_wrapper) and isinstance(runner, Runner):
+        if self._waiting is None and are_waiting(runner.optim_wrapper) and isinstance(runner, Runner):
             self._waiting = collect(runner)
 
     def before_val(self, runner: Runner) -> None:
-        """The same for a save during validation, which the first process makes alone."""
+        """Gather already now for a save during validation, which the first process makes alone."""
         self.before_collective_save(runner)
