@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from mmengine.runner import load_checkpoint
 
-import interpolate4downstream
 from vheat_mm import VHeat, pickle_check
 from vheat_mm.archive import CheckpointError, verify_file
 from vheat_mm.checkpoint import find_weights, read_checkpoint
 from vheat_mm.launch import safe_io
 from vheat_mm.pretrained import load_pretrained
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import interpolate4downstream
 
 ARCH = dict(embed_dims=4, depths=(1, 1, 2, 1), post_norm=False, layer_scale=None)
 SECONDS = 30  # per file; the process ends itself then
