@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from tool_runs import REPO, TOOLS, assert_message, assert_same_weights, run, write_config
+
+from vheat_mm.launch.distributed import TIME_TO_MEET, join_by_gloo
 
 
 @pytest.mark.parametrize(
@@ -128,6 +131,27 @@ def test_cores_are_shared_out(monkeypatch):
     monkeypatch.setattr(os, 'environ', dict(OMP_NUM_THREADS='3'))
     dist_run.share_cores(2)
     assert os.environ['OMP_NUM_THREADS'] == '3'
+
+
+def test_processes_meet_anew_where_gloo_loses_a_connection(monkeypatch):
+    join, calls = torch.distributed.init_process_group, []
+
+    def losing(*arguments, **options):
+        calls.append(options['timeout'])
+        if len(calls) < 3:
+            raise RuntimeError('gloo: timed out')
+        join(*arguments, **options)
+
+    for name, value in dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port()).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.distributed, 'init_process_group', losing)
+    join_by_gloo(datetime.timedelta(seconds=1234))
+    try:
+        assert calls == [TIME_TO_MEET] * 3
+        group = torch.distributed.distributed_c10d._get_default_group()
+        assert group._get_backend(torch.device('cpu')).options._timeout == datetime.timedelta(seconds=1234)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # --- runs that are ended, and go on

@@ -166,7 +166,12 @@ class Mislabel:
     (tmp_path / 'detection.py').write_text(text)
     done = run(TOOLS / 'dist_train.sh', 'detection.py', 2, cwd=tmp_path, check=False, PYTHONPATH=str(tmp_path))
     if status:
-        assert_message(done, '10 samples in a row', f'label {value} ', 'num_classes=2', 'check_dataset.py')
+        assert done.returncode == 2
+        assert 'Traceback' not in done.stderr
+        messages = re.findall(r'^error: .*$', done.stderr, flags=re.MULTILINE)
+        assert messages  # of each process that met ten of its own before the other ended
+        for word in ('10 samples in a row', f'label {value} ', 'num_classes=2', 'check_dataset.py'):
+            assert all(word in message for message in messages)
         return
     assert done.returncode == 0
     lines = [line for line in (done.stdout + done.stderr).splitlines() if 'is left out' in line]
