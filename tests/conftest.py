@@ -52,6 +52,7 @@ def own_scope():
 
 @pytest.fixture(autouse=True)
 def _no_stale_logger():
-    """MMEngine's loggers keep handlers on closed streams between tests."""
+    """MMEngine's loggers keep handlers on closed streams between tests; tools that ran in this process silence all."""
+    logging.disable(logging.NOTSET)
     yield
     logging.getLogger('mmengine').handlers.clear()
