@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import AmpOptimWrapper, ApexOptimWrapper, OptimWrapper, OptimWrapperDict
 from mmengine.registry import DATASETS, HOOKS, MODELS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
+from processes import join, leave, run_two
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -371,35 +369,27 @@ FAULTY = dict(loss={5: 'loss'}, pixel={5: 'pixel'}, gradient={5: 'gradient'})  #
 
 
 def in_process(rank, port, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo')
+    join(rank, port)
     ddp = dict(type='MMDistributedDataParallel', broadcast_buffers=False, device_ids=None)
     joined = dict(launcher='pytorch', cfg=dict(model_wrapper_cfg=ddp))
     results = {}
     for name, faults in FAULTY.items():
         for wrapper in ({}, dict(accumulative_counts=2)):
             # Processes take turns row by row, two rows to a batch: row 5 is in the second process's second batch.
-            work_dir = Path(folder) / f'{name}{len(wrapper)}'
+            work_dir = folder / f'{name}{len(wrapper)}'
             results[name, len(wrapper)] = train(work_dir, range(16), faults, wrapper, **joined)
     for wrapper in ({}, dict(accumulative_counts=2)):
         rows = range(8, 16) if wrapper else [*range(4), *range(8, 16)]
-        work_dir = Path(folder) / f'expected{len(wrapper)}'
+        work_dir = folder / f'expected{len(wrapper)}'
         results['expected', len(wrapper)] = train(work_dir, rows, None, wrapper, guard=False, **joined)
-    train(Path(folder) / 'alternating', range(16), {5: 'gradient', 8: 'gradient'}, **joined)
-    torch.save(results, Path(folder) / f'rank{rank}.pth')
-    dist.destroy_process_group()
-    os._exit(0)  # gloo (PyTorch 2.13) may abort while the interpreter shuts down
+    train(folder / 'alternating', range(16), {5: 'gradient', 8: 'gradient'}, **joined)
+    leave(results, rank, folder)
 
 
 @pytest.fixture(scope='module')
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp('two')
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = str(probe.getsockname()[1])
-    torch.multiprocessing.spawn(in_process, (port, str(folder)), nprocs=2)
-    return folder, [torch.load(folder / f'rank{rank}.pth') for rank in range(2)]
+    return folder, run_two(in_process, folder)
 
 
 @pytest.mark.parametrize('accumulating', [0, 1])

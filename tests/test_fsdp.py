@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from mmengine.model import BaseModel
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPERS
 from mmengine.runner import FlexibleRunner, Runner
 from mmengine.structures import BaseDataElement
+from processes import join, leave, run_two
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -122,27 +118,18 @@ def train_sharded(work_dir, scale=1024.0, **kwargs):
 
 
 def in_process(rank, port, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', timeout=timedelta(seconds=60))
-    folder = Path(folder)
+    join(rank, port)
     results = dict(full=train_sharded(folder / 'full'))
     start = dict(resume=True, load_from=str(folder / 'full' / 'epoch_1.pth'))
     results['resumed'] = train_sharded(folder / 'resumed', scale=2.0, **start)
     results['broken'] = train_sharded(folder / 'broken', scale=None, broken=(5, 12), epochs=1)
-    torch.save(results, folder / f'rank{rank}.pth')
-    dist.destroy_process_group()
-    os._exit(0)  # gloo (PyTorch 2.13) may abort while the interpreter shuts down
+    leave(results, rank, folder)
 
 
 @pytest.fixture(scope='module')
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp('fsdp')
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = str(probe.getsockname()[1])
-    torch.multiprocessing.spawn(in_process, (port, str(folder)), nprocs=2)
-    return folder, [torch.load(folder / f'rank{rank}.pth') for rank in range(2)]
+    return folder, run_two(in_process, folder)
 
 
 def assert_close(found, expected, tolerance):

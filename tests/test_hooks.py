@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +18,6 @@ from vheat_mm.compat import ensure_torchvision
 from vheat_mm.hooks import AnnotationError
 from vheat_mm.hooks.annotation_check import check_batch, check_classes, check_coco_file, class_heads
 from vheat_mm.hooks.checkpoint_check import check_fit
-from vheat_mm.launch import safe_io
 
 ensure_torchvision()  # MMEngine's runner imports it to report its version
 
@@ -211,17 +209,15 @@ def test_coco_file(tmp_path, classes, category, word):
             check_coco_file(str(path), classes)
 
 
-# --- files
-
-
-def test_files_are_written_whole(tmp_path):
-    backend = safe_io.AtomicLocalBackend()
-    target = tmp_path / 'new' / 'x.pth'
-    backend.put(b'first', target)
-    with pytest.raises(TypeError):
-        backend.put('no bytes', target)
-    assert target.read_bytes() == b'first'
-    assert list(target.parent.iterdir()) == [target]
-    umask = os.umask(0)
-    os.umask(umask)
-    assert target.stat().st_mode & 0o777 == 0o666 & ~umask
+@pytest.mark.parametrize(
+    ('polygon', 'word'),
+    [([[1, 2, float('nan'), 4, 5, 6]], 'nan in its segmentation'), ([[1, 2, -float('inf'), 4, 5, 6]], 'inf in its')],
+)
+def test_coordinates_that_are_no_numbers(tmp_path, polygon, word):
+    """pycocotools would end the process on them."""
+    path = tmp_path / 'coco.json'
+    good = dict(id=1, image_id=1, category_id=3, segmentation=[[1, 2, 3, 4, 5, 6]])
+    bad = dict(good, id=7, image_id=4, segmentation=polygon)
+    path.write_text(json.dumps(dict(categories=[dict(id=3, name='cat')], annotations=[good, bad])))
+    with pytest.raises(AnnotationError, match=f'coco.json: annotation 7 of image 4 has {word}'):
+        check_coco_file(str(path), ('cat',))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import errno
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from processes import join, leave, run_two
 from small_runs import ALL_HOOKS, CountedScore, RecordBatches, train
 
 from vheat_mm.checkpoint import CheckpointError, read_checkpoint
@@ -127,10 +126,7 @@ def test_resumed_without_a_seed_in_the_config(tmp_path):
 
 
 def in_two_processes(rank: int, port: int, folder: Path, options: dict, after: int) -> None:
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK='0')
-    # A process that waits for one that never comes must fail, not hang.
-    limit = datetime.timedelta(seconds=60)
-    torch.distributed.init_process_group('gloo', rank=rank, world_size=2, timeout=limit)
+    join(rank, port)
     put = AtomicLocalBackend.put
 
     def slow(self, obj, filepath):
@@ -146,16 +142,13 @@ def in_two_processes(rank: int, port: int, folder: Path, options: dict, after: i
     assert 'interrupted.pth' in stop.value.message
     assert (folder / 'again' / 'interrupted.pth').is_file()  # in the process that did not write it, too
     train(folder / 'again', **options, resume=True)
-    torch.distributed.destroy_process_group()
+    leave(None, rank, folder)
 
 
 def test_two_processes_that_accumulate_gradients(tmp_path):
     """One is signalled, between two steps of the optimizer, as each has gradients of its own: first in a validation."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
     options = dict(by_epoch=True, workers=0, length=3, hooks=ALL_HOOKS, checkpoint=ATOMIC, accumulate=3, validate=1)
-    torch.multiprocessing.spawn(in_two_processes, (port, tmp_path, options, 4), nprocs=2)
+    run_two(in_two_processes, tmp_path, options, 4)
     ours, theirs = (read_checkpoint(tmp_path / name / 'epoch_3.pth') for name in ('again', 'full'))
     assert ours['meta']['iter'] == theirs['meta']['iter'] == 6
     for key, value in ours['state_dict'].items():
@@ -291,8 +284,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, damage):
 def test_all_damaged_is_no_new_start(run):
     for path in run.glob('*.pth'):
         flip_bit(path)
-    with pytest.raises(CheckpointError, match=r'(?s)nothing whole.*epoch_1.pth.*start anew'):
-        find_newest(run)
+    for folder in (run, os.path.relpath(run)):  # other than last_checkpoint spells it
+        with pytest.raises(CheckpointError, match=r'(?s)nothing whole.*epoch_1.pth.*start anew'):
+            find_newest(folder)
+
+
+def test_a_hostile_file_in_the_folder_is_left_out_unread(run, monkeypatch):
+    """Somebody's weights beside one's own: PyTorch's reader never sees them."""
+    torch.save(dict(model=torch.zeros(1).expand(10**6, 10**6)), run / 'stranger.pth')
+    load, seen = torch.load, []
+    monkeypatch.setattr(torch, 'load', lambda *args, **options: seen.append(args[0]) or load(*args, **options))
+    path, notes = find_newest(run)
+    assert path == str(run / 'epoch_3.pth')
+    assert len(notes) == 1
+    assert 'stranger.pth' in notes[0]
+    assert not any('stranger' in str(name) for name in seen)
 
 
 def test_checkpoint_newer_than_the_file_that_names_the_last(run):

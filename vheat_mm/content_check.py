@@ -14,19 +14,20 @@ _LINE = 1000  # bytes of a module's or class's name
 _STREAM_MAGIC = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
 
 
-def check_content(file: IO[bytes], name: str) -> None:
+def check_content(file: IO[bytes], name: str, checksums: bool = True) -> None:
     """Check a file that PyTorch's safe loader is to read, byte by byte, and what its pickle would do.
 
     Args:
         file: Open for reading; the position goes back to the start.
         name: Named in errors.
+        checksums: Compute them, for which the whole file is read.
 
     Raises:
         CheckpointError: Truncated, damaged, or anything but tensors, numbers and names in it.
     """
     if is_zip(file):
         length = file.seek(0, os.SEEK_END)
-        records = check_zip(file, name)
+        records = check_zip(file, name, checksums)
         pickled = records['data.pkl']
         file.seek(pickled.start)
         CheckpointPickle(name, records, length).read(io.BytesIO(file.read(pickled.size)))

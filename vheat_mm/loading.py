@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
+from mmengine.runner.loops import _InfiniteDataloaderIterator
 from torch.utils.data import DataLoader
 
 # What a random state is for; part of the seed, so that no two uses share numbers.
@@ -240,10 +241,10 @@ class _EachItem:
 
 
 class Batches:
-    """Iterator over a loader that starts its workers with the first batch asked for."""
+    """MMEngine's endless iterator over a loader, made with the first batch asked for: only then do workers start."""
 
     def __init__(self, loader: DataLoader, left_out: int = 0) -> None:
-        self._loader, self._left_out, self._passes = loader, left_out, 0
+        self._loader, self._left_out = loader, left_out
         self._iterator: Iterator | None = None
 
     def __iter__(self) -> Batches:
@@ -254,16 +255,8 @@ class Batches:
             self._left_out -= 1
             return None
         if self._iterator is None:
-            self._iterator = iter(self._loader)
-        try:
-            return next(self._iterator)
-        except StopIteration:  # of a finite sampler that nothing has made endless
-            self._passes += 1
-            for sampler in (self._loader.sampler, getattr(self._loader.batch_sampler, 'sampler', None)):
-                if set_epoch := getattr(sampler, 'set_epoch', None):
-                    set_epoch(self._passes)
-            self._iterator = iter(self._loader)
-            return next(self._iterator)
+            self._iterator = _InfiniteDataloaderIterator(self._loader)
+        return next(self._iterator)
 
 
 class WorkerInit:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from .archive import verify_file
+from .archive import open_file, verify_file
 from .checkpoint import PARTIAL, CheckpointError, read_checkpoint
 from .compat import register_safe_globals
+from .content_check import check_content
 
 LAST = 'last_checkpoint'  # MMEngine's file with the path of the newest checkpoint
 _OF_TRAINING = re.compile(r'(epoch|iter)_\d+\.pth$|interrupted\.pth$')
@@ -48,11 +49,11 @@ def find_newest(work_dir: str | Path, since: float | None = None) -> tuple[str |
         files.setdefault(last.resolve(), last)  # of whatever suffix
     damaged: dict[Path, str] = {}
     candidates = []
-    for path in files.values():
+    for key, path in files.items():
         try:
             place, written = _place(path)
         except CheckpointError as error:
-            damaged[path] = str(error)
+            damaged[key] = str(error)
             continue
         if place is not None and (since is None or written >= since):
             candidates.append((place, path.stat().st_mtime, path))
@@ -60,14 +61,18 @@ def find_newest(work_dir: str | Path, since: float | None = None) -> tuple[str |
         try:
             verify_file(path)
         except CheckpointError as error:
-            damaged[path] = str(error)
+            damaged[path.resolve()] = str(error)
             continue
         return str(path), [f'left out: {reason}' for reason in damaged.values()]
     if since is not None:  # others may be whole, and older
         return None, []
-    if last is not None and last.resolve() in files and last not in damaged:
+    if last is not None and last.resolve() in files.keys() - damaged.keys():
         return named, []  # without the optimizer's state, as its run was configured
-    lost = [reason for path, reason in damaged.items() if _OF_TRAINING.match(path.name) or str(path) == named]
+    lost = [
+        reason
+        for path, reason in damaged.items()
+        if _OF_TRAINING.match(path.name) or (last is not None and path == last.resolve())
+    ]
     if lost:
         raise CheckpointError(
             f'nothing whole to resume from in {str(work_dir)!r}: {"; ".join(lost)}. '
@@ -109,7 +114,7 @@ def _place(path: Path) -> tuple[tuple[int, int] | None, float]:
 
     The place is ``None`` for weights only, such as the best or pre-trained ones.
     """
-    checkpoint = _peek(path)
+    checkpoint = peek(path)
     meta = checkpoint.get('meta')
     if not checkpoint.keys() >= TRAINING_STATE or not isinstance(meta, dict):
         return None, 0.0
@@ -123,12 +128,18 @@ def _place(path: Path) -> tuple[tuple[int, int] | None, float]:
     return (iteration, epoch), written
 
 
-def _peek(path: Path) -> dict[str, Any]:
-    """A checkpoint without its tensors' bytes, which are mapped and never touched."""
+def peek(path: str | Path) -> dict[str, Any]:
+    """A checkpoint without its tensors' bytes, which are mapped and never touched.
+
+    Raises:
+        CheckpointError: As :func:`~vheat_mm.checkpoint.read_checkpoint`, but for wrong checksums.
+    """
     register_safe_globals()
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except Exception:  # damaged, or of the format that cannot be mapped: the full reader tells
+        with open_file(str(path)) as stream:
+            check_content(stream, str(path), checksums=False)
+            checkpoint = torch.load(stream.name, map_location='cpu', weights_only=True, mmap=True)
+    except Exception:  # damaged, an address, or of the format that cannot be mapped: the full reader tells
         checkpoint = read_checkpoint(path)
     return checkpoint if isinstance(checkpoint, dict) else {}
 

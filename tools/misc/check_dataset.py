@@ -23,7 +23,7 @@ except ModuleNotFoundError as error:  # not installed: take the package that thi
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vheat_mm.checkpoint import atomic_file
-from vheat_mm.launch.config import CheckedDictAction, read_config
+from vheat_mm.launch.config import add_config_arguments, read_config
 from vheat_mm.launch.distributed import available_cores
 from vheat_mm.launch.errors import ToolError, run_reporting_errors
 from vheat_mm.preflight.check import check_datasets
@@ -33,14 +33,7 @@ from vheat_mm.preflight.datasets import SPLITS
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument('config', help='config file; its default_scope (mmdet, mmseg, mmpretrain) decides the task')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=CheckedDictAction,
-        metavar='KEY=VALUE',
-        help='override entries of the config, as in tools/train.py',
-    )
+    add_config_arguments(parser)
     parser.add_argument('--split', nargs='+', choices=SPLITS, default=SPLITS, help='data loaders (default: all three)')
     parser.add_argument('--workers', type=int, metavar='N', help='processes that decode (default: one for each core)')
     parser.add_argument('--out', type=Path, metavar='FILE', help='write all findings into this JSON file')

@@ -44,10 +44,10 @@ from make_demo_data import make_demo_data
 from vheat_mm import VHeat
 from vheat_mm.archive import verify_file
 from vheat_mm.checkpoint import CheckpointError, read_checkpoint
+from vheat_mm.hooks.stop_signal import REQUEUE
 from vheat_mm.resume import find_newest
 
 REPO = Path(__file__).resolve().parents[2]
-REQUEUE = 75
 TRAINS = b'Checkpoints will be saved'  # what MMEngine logs before the first iteration
 SHORT = [
     'default_hooks.checkpoint.max_keep_ckpts=2',

@@ -120,7 +120,7 @@ def check_coco_file(path: str, classes: tuple[str, ...]) -> None:
     text = Path(path).read_text(encoding='utf-8')
     content = json.loads(text, parse_constant=keep)
     if not_finite:  # pycocotools ends the process on it, out of memory
-        raise AnnotationError(f'{path}: {_place_of(not_finite[0], content)}; remove or correct the annotation')
+        raise AnnotationError(f'{path}: {_place_of_no_number(content)}; remove or correct the annotation')
     categories = {category['id']: category['name'] for category in content.get('categories', [])}
     known = [name for name in categories.values() if name in set(classes)]
     if absent := [name for name in classes if name not in known]:
@@ -143,14 +143,13 @@ def check_coco_file(path: str, classes: tuple[str, ...]) -> None:
         )
 
 
-def _place_of(value: float, content: dict) -> str:
+def _place_of_no_number(content: dict) -> str:
     for annotation in content.get('annotations', []):
         for key, entry in annotation.items():
-            if re.search(rf'\b{value}\b', repr(entry)):
-                return (
-                    f'annotation {annotation.get("id")} of image {annotation.get("image_id")} has {value} in its {key}'
-                )
-    return f'it holds {value}, which is no number'
+            if found := re.search(r'\b(nan|inf)\b', repr(entry)):
+                place = f'annotation {annotation.get("id")} of image {annotation.get("image_id")}'
+                return f'{place} has {found.group()} in its {key}'
+    return 'it holds NaN or infinity'
 
 
 def check_batch(data_batch: Any, heads: dict[str, tuple[str, Any]]) -> None:

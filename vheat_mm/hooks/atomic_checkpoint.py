@@ -6,8 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-import torch
-from mmengine.dist import all_gather_object, all_reduce, get_world_size, is_main_process
+from mmengine.dist import all_gather_object, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
@@ -16,6 +15,7 @@ from mmengine.runner import Runner
 from ..checkpoint import CheckpointError, atomic_file
 from ..resume import LAST, find_newest, stale_parts
 from .accumulation import COLLECT
+from .agreement import anywhere
 from .log_guard import outlive_full_disk
 
 INTERRUPTED = 'interrupted.pth'  # overwritten by each interruption, so that they do not pile up
@@ -209,15 +209,6 @@ class _LaterRemoving:
         self.superfluous.append(path)
 
     rmtree = remove
-
-
-def anywhere(here: bool) -> bool:
-    """Whether something holds in any process. All of them must call it."""
-    if get_world_size() == 1:
-        return here
-    flag = torch.tensor(int(here))
-    all_reduce(flag, op='max')
-    return bool(flag)
 
 
 def _check_alike(runner: Runner) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from mmengine.dist import all_gather_object, all_reduce, get_world_size
+from mmengine.dist import all_gather_object, get_world_size
 from mmengine.hooks import Hook
 from mmengine.optim import ApexOptimWrapper, OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..checkpoint import some_of
+from .agreement import anywhere
 from .checkpoint_check import unwrap
 
 SKIPPED = 'train/skipped_steps'
@@ -257,11 +258,7 @@ class _Guard:
     def _is_finite(self) -> bool:
         gradients = [gradient for _, gradient in self._gradients()]
         finite = are_finite(gradients)
-        if self._sharded:
-            spoilt = torch.tensor(float(not finite), device=next(self.parameters()).device)
-            all_reduce(spoilt, op='max')
-            finite = not spoilt.item()
-        return finite
+        return not anywhere(not finite) if self._sharded else finite
 
 
 @dataclass

@@ -52,9 +52,8 @@ class ReproducibleHook(Hook):
         if isinstance(loader.batch_sampler, PositionedBatches):  # of the same hook, configured twice
             return
         endless = isinstance(loop, IterBasedTrainLoop)
-        fresh = isinstance(getattr(loop, 'dataloader_iterator', None), Batches) if endless else True
-        known = isinstance(loop, EpochBasedTrainLoop | IterBasedTrainLoop)
-        if not known or not fresh or loader.batch_sampler is None:
+        known = isinstance(loop.dataloader_iterator, Batches) if endless else isinstance(loop, EpochBasedTrainLoop)
+        if not known or loader.batch_sampler is None:
             runner.logger.warning(
                 f'{type(loop).__name__} with {type(loader).__name__}: what is drawn after resuming differs from an '
                 'uninterrupted run; ReproducibleHook knows epoch- and iteration-based loops over batches, whose '

@@ -16,7 +16,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
 from ..loading import WorkerInit, train_loader
-from .atomic_checkpoint import AtomicCheckpointHook, anywhere
+from .agreement import anywhere
+from .atomic_checkpoint import AtomicCheckpointHook
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 STOP_NOTE = 'VHEAT_STOP_NOTE'  # a file that tells the launcher on this machine how the run ended

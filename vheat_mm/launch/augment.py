@@ -6,6 +6,7 @@ import copy
 
 from mmengine.config import Config, ConfigDict
 
+from .config import is_type
 from .errors import ToolError
 
 FLIPS = (dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0))
@@ -40,7 +41,7 @@ def apply_tta(cfg: Config) -> None:
         cfg.tta_pipeline = (detector_views if scope == 'mmdet' else classifier_views)(dataset.pipeline)
     dataset.pipeline = cfg.tta_pipeline
     tta_model = cfg.get('tta_model') or dict(type=DEFAULT_MODELS[scope])
-    if str(tta_model.get('type')).split('.')[-1] == 'DetTTAModel' and predicts_masks(cfg.model):
+    if is_type(tta_model, 'DetTTAModel') and predicts_masks(cfg.model):
         raise ToolError(
             "--tta: tta_model.type='DetTTAModel' merges boxes only, and this detector predicts masks: "
             "set tta_model.type='InstanceSegTTAModel' with the same tta_cfg, or leave tta_model out"
@@ -94,8 +95,6 @@ def _split(before: list[dict], choices: list[list[dict]], after: list[dict]) -> 
 def _find(steps: list[dict], name: str, key: str | None = None) -> int | None:
     """Place of the first step of that type (a name, with or without scope, or a class), with that key."""
     for place, step in enumerate(steps):
-        kind = step.get('type')
-        kind = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
-        if kind.split('.')[-1] == name and (key is None or step.get(key) is not None):
+        if is_type(step, name) and (key is None or step.get(key) is not None):
             return place
     return None

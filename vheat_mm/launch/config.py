@@ -13,9 +13,8 @@ from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 
-from ..checkpoint import read_checkpoint
 from ..compat import ensure_torchvision
-from ..resume import find_newest
+from ..resume import find_newest, peek
 from .errors import ToolError, describe
 
 RUN_STARTED = 'VHEAT_RUN_STARTED'  # seconds since the epoch, set by tools/dist_run.py
@@ -41,8 +40,18 @@ class CheckedDictAction(DictAction):
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser with what both tools take; ``config`` is the first positional argument."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help='config file; its default_scope (mmdet, mmseg, mmpretrain) decides the task')
+    add_config_arguments(parser)
     parser.add_argument('--work-dir', help='folder for logs and results (default: work_dirs/<name of the config>)')
+    parser.add_argument(
+        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='who starts the processes'
+    )
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by torch.distributed.launch')
+    return parser
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``config``, the first positional argument, and ``--cfg-options``."""
+    parser.add_argument('config', help='config file; its default_scope (mmdet, mmseg, mmpretrain) decides the task')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -51,11 +60,6 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         help='override entries of the config: model.backbone.drop_path_rate=0.2; lists as key="[a,b]" or key=a,b, '
         'nested ones as key="[(a,b),(c,d)]", quoted and without blanks',
     )
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='who starts the processes'
-    )
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by torch.distributed.launch')
-    return parser
 
 
 def read_config(args: argparse.Namespace) -> Config:
@@ -129,13 +133,13 @@ def shards(cfg: Config) -> bool:
     Raises:
         ToolError: By MMEngine's own strategy, which cannot resume.
     """
-    strategy = str((cfg.get('strategy') or {}).get('type')).split('.')[-1]
-    if strategy == 'FSDPStrategy':
+    strategy = cfg.get('strategy')
+    if is_type(strategy, 'FSDPStrategy'):
         raise ToolError(
             "strategy.type='FSDPStrategy' cannot resume (mmengine <= 0.10.7 hands PyTorch its arguments in the wrong "
             "order): set strategy.type='ShardedStrategy' and add 'vheat_mm.fsdp' to custom_imports; see docs/fsdp.md"
         )
-    return strategy == 'ShardedStrategy'
+    return is_type(strategy, 'ShardedStrategy')
 
 
 def apply_randomness(cfg: Config, seed: int | None, deterministic: bool) -> None:
@@ -185,7 +189,7 @@ def apply_resume(cfg: Config, resume: str | None) -> list[str]:
         cfg.resume = False
         return notes
     cfg.load_from, cfg.resume = path, True
-    meta = read_checkpoint(path).get('meta', {})
+    meta = peek(path).get('meta', {})
     if 'iter' not in meta:
         raise ToolError(
             f'cannot resume from {path!r}: it holds weights but no training state; to start a new training from '

@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 
 from ..checkpoint import CheckpointError
 from ..hooks import AnnotationError, NonFiniteError, StopRequested
+from ..hooks.stop_signal import REQUEUE
 from ..loading import BrokenSampleError
 from ..tta import ViewError
 
@@ -71,7 +72,7 @@ def run_reporting_errors(body: Callable[[SetupEndHook], None]) -> int:
     except StopRequested as stop:
         if process_rank() == 0:
             print(stop.message, file=sys.stderr, flush=True)
-        return int(str(stop.code))
+        return REQUEUE
     except Exception as error:
         _let_others_go_first(error)
         known = isinstance(error, _KNOWN)

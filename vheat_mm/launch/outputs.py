@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from .config import is_type
 from .errors import ToolError
 
 
@@ -20,7 +21,7 @@ def apply_out(cfg: Config, out: str) -> None:
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
     path = Path(out).absolute()
     if cfg.default_scope == 'mmseg':
-        metrics = [e for e in evaluators if str(e.get('type')).split('.')[-1] == 'IoUMetric']
+        metrics = [e for e in evaluators if is_type(e, 'IoUMetric')]
         if not metrics:
             raise ToolError('--out: label maps are written by IoUMetric, which is not in test_evaluator')
         if path.is_file():
