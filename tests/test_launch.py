@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import free_port
 from tool_runs import REPO, TOOLS, assert_message, assert_same_weights, run, write_config
-
-from vheat_mm.launch.distributed import TIME_TO_MEET, join_by_gloo
 
 
 @pytest.mark.parametrize(
@@ -53,17 +50,7 @@ def test_bad_description_of_machines(tmp_path, environment, word):
 
 def test_two_nodes_on_one_machine(segmentor, tmp_path):
     """Each start stands for a machine; together they are two processes."""
-    port = subprocess.run(
-        [
-            sys.executable,
-            '-c',
-            f'import sys; sys.path.insert(0, {str(TOOLS)!r}); import dist_run as d; print(d.free_port())',
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    env = {**os.environ, 'PYTHON': sys.executable, 'NNODES': '2', 'MASTER_ADDR': '127.0.0.1', 'PORT': port}
+    env = {**os.environ, 'PYTHON': sys.executable, 'NNODES': '2', 'MASTER_ADDR': '127.0.0.1', 'PORT': str(free_port())}
     command = [TOOLS / 'dist_test.sh', 'segmentation.py', 'run/iter_4.pth', '1', '--work-dir', tmp_path]
     nodes = [
         subprocess.Popen(command, cwd=segmentor, env={**env, 'NODE_RANK': str(rank)}, stdout=subprocess.PIPE, text=True)
@@ -133,34 +120,7 @@ def test_cores_are_shared_out(monkeypatch):
     assert os.environ['OMP_NUM_THREADS'] == '3'
 
 
-def test_processes_meet_anew_where_gloo_loses_a_connection(monkeypatch):
-    join, calls = torch.distributed.init_process_group, []
-
-    def losing(*arguments, **options):
-        calls.append(options['timeout'])
-        if len(calls) < 3:
-            raise RuntimeError('gloo: timed out')
-        join(*arguments, **options)
-
-    for name, value in dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port()).items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(torch.distributed, 'init_process_group', losing)
-    join_by_gloo(datetime.timedelta(seconds=1234))
-    try:
-        assert calls == [TIME_TO_MEET] * 3
-        group = torch.distributed.distributed_c10d._get_default_group()
-        assert group._get_backend(torch.device('cpu')).options._timeout == datetime.timedelta(seconds=1234)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 # --- runs that are ended, and go on
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
 
 
 def start(cwd: Path, script: str, *arguments: object, **environment: str) -> subprocess.Popen:

@@ -36,14 +36,12 @@ def torchrun_options(processes: int, command: list[str]) -> list[str]:
     least, most = _bounds(os.environ.get('NNODES') or '1')
     rank, port, restarts = (_number(name) for name in ('NODE_RANK', 'PORT', 'MAX_RESTARTS'))
     if least != most:
-        if '--resume' not in command or not (command[-1:] == ['--resume'] or _follows(command).startswith('-')):
+        if not _resumes_by_itself(command):
             raise ValueError(
                 f'NNODES={least}:{most}: add --resume, without a path, so that machines that join later start where '
                 'the others are'
             )
         restarts = 3 if restarts is None else restarts  # the end of a machine is one, to the others
-        # With PyTorch 2.13 a machine that joins later waits for an address that the first one never publishes.
-        os.environ.setdefault('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')
     if (rank or 0) >= most:
         raise ValueError(f'NNODES={most} and NODE_RANK={rank}: ranks run from 0 to NNODES - 1')
     address = os.environ.get('MASTER_ADDR') or ('127.0.0.1' if most == 1 else '')
@@ -56,6 +54,9 @@ def torchrun_options(processes: int, command: list[str]) -> list[str]:
         *('--monitor_interval', '0.5'),
     ]
     if restarts or least != most:  # a rendezvous that can be held again
+        # Else PyTorch 2.13 keeps one store for all rounds. Processes that start again read in it the addresses of those
+        # that have ended, and wait for them; a machine that joins later waits for one that is never published.
+        os.environ.setdefault('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')
         is_host = [] if rank is None else [f'is_host={int(rank == 0)}']
         configuration = ','.join([*is_host, 'join_timeout=600', 'last_call_timeout=5'])
         rendezvous = ('--rdzv_backend', 'c10d', '--rdzv_endpoint', f'{address}:{port}', '--rdzv_id', f'vheat-{port}')
@@ -64,8 +65,11 @@ def torchrun_options(processes: int, command: list[str]) -> list[str]:
     return [*options, '--nnodes', str(most), *static]
 
 
-def _follows(command: list[str]) -> str:
-    return command[command.index('--resume') + 1]
+def _resumes_by_itself(command: list[str]) -> bool:
+    if '--resume' not in command:
+        return False
+    following = command[command.index('--resume') + 1 :]
+    return not following or following[0].startswith('-')
 
 
 def _bounds(nodes: str) -> tuple[int, int]:

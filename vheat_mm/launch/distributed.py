@@ -20,7 +20,6 @@ from mmengine.runner import Runner
 
 from .errors import ToolError, process_count
 
-MEETINGS, TIME_TO_MEET = 3, datetime.timedelta(seconds=60)
 _gloo_used = False
 
 SYNC_BN = {'SyncBN', 'MMSyncBN', 'SyncBatchNorm'}
@@ -63,7 +62,7 @@ def set_up_processes(cfg: Config, launcher: str) -> list[str]:
     threads = _limit_threads()
     timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
     _gloo_used = True
-    join_by_gloo(dist.default_pg_timeout if timeout is None else datetime.timedelta(seconds=timeout))
+    dist.init_process_group('gloo', timeout=None if timeout is None else datetime.timedelta(seconds=timeout))
     wrapper = dict(
         type='MMDistributedDataParallel',
         find_unused_parameters=cfg.get('find_unused_parameters', False),
@@ -73,31 +72,6 @@ def set_up_processes(cfg: Config, launcher: str) -> list[str]:
     cfg.model_wrapper_cfg = {**wrapper, **(cfg.get('model_wrapper_cfg') or {}), 'device_ids': None}
     notes.append(f'no GPU: {process_count()} processes joined by gloo, {threads} threads each')
     return notes
-
-
-def join_by_gloo(timeout: datetime.timedelta) -> None:
-    """Make the process group.
-
-    Now and then gloo loses a connection while processes meet (seen with PyTorch 2.13 after a restart), and would wait
-    half an hour for it. So they meet anew after a minute.
-
-    Args:
-        timeout: Of collective operations from then on.
-    """
-    store, rank, count = next(dist.rendezvous('env://'))
-    for meeting in range(MEETINGS):
-        store.set(f'meeting_{meeting}_{rank}', '')
-        store.wait(
-            [f'meeting_{meeting}_{other}' for other in range(count)], timeout
-        )  # processes start at their own time
-        here = dist.PrefixStore(f'meeting_{meeting}', store)
-        try:
-            dist.init_process_group('gloo', store=here, rank=rank, world_size=count, timeout=TIME_TO_MEET)
-            break
-        except RuntimeError:
-            if meeting + 1 == MEETINGS:
-                raise
-    dist.distributed_c10d._set_pg_timeout(timeout)
 
 
 def tear_down_processes() -> None:
