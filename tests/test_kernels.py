@@ -90,6 +90,24 @@ def test_fast_form_is_the_reference_form(name, size, dtype, gradients):
         assert error(a, b) < (ERRORS[dtype] if name != 'decay_map' else 1e-5)
 
 
+@pytest.mark.parametrize('dtype', list(ERRORS), ids=str)
+def test_mlp_that_keeps_its_wide_map(dtype, monkeypatch):
+    """As those of the wide stages do: one product less in backward, and the same gradients."""
+    args, products = inputs('mlp', (2, 41, 57), dtype), []
+    with kernels.use('reference'):
+        exact = run(mlp, [a.double() for a in args], gradients=True)
+    dense = onednn.dense
+    monkeypatch.setattr(onednn, 'dense', lambda *operands: products.append(1) or dense(*operands))
+    counts = []
+    for width in (C + 1, C):
+        monkeypatch.setattr(positionwise, 'KEEP_FROM_WIDTH', width)
+        products.clear()
+        found = run(mlp, args, gradients=True)
+        counts.append(len(products))
+        assert all(error(a, b) < ERRORS[dtype] for a, b in zip(found, exact, strict=True))
+    assert counts[1] < counts[0]
+
+
 @pytest.mark.parametrize(('name', 'gradients'), [(n, g) for n in STEPS for g in (False, True)])
 def test_fast_forms_are_in_use(name, gradients, monkeypatch):
     """What the test above compares is not the reference form twice."""

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 # Positions are worked off in groups whose map takes this many bytes: what an MLP makes of them (four times as much)
 # stays in the cache, and no allocation is so large that it comes as fresh pages, which cost more than the arithmetic.
-GROUP_BYTES = 3 << 19
+GROUP_BYTES = 3 << 20
 
 TYPES = (torch.float32, torch.bfloat16)
 _PACK_ROWS = 4096  # the number of rows that weights are laid out for; others work too
@@ -93,7 +93,7 @@ def weight_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias of ``x @ weight^T + bias``: grad (M, N), x (M, K) -> (N, K), (N,) in float32."""
     (m, n), k = grad.shape, x.shape[1]
     if not (grad.dtype is torch.float32 and applies(grad)):
-        return (grad.mT @ x).float(), grad.sum(0, dtype=torch.float32)
+        return (grad.mT @ x).float(), grad.sum(0).float()  # in float32 inside, and rounded once
     # Of a 1x1 convolution: oneDNN's product reads its second operand by columns, which is slow when both are tall.
     side = next(s for s in (64, 32, 16, 8, 4, 2, 1) if m % s == 0)
     as_map = [t.reshape(1, m // side, side, -1).permute(0, 3, 1, 2) for t in (grad, x)]

@@ -15,6 +15,9 @@ from .autograd import once
 # Fewer rows than this do not pay for reading a stage's weights again.
 MIN_ROWS = 1024
 
+# Repeating an MLP's first product in backward costs C / 2 operations for each byte not kept: too many from here on.
+KEEP_FROM_WIDTH = 384
+
 
 def takes_by_position(function: Callable[..., Tensor], *maps: Tensor) -> bool:
     first = maps[0]
@@ -108,38 +111,43 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
 
 
 class _Mlp(torch.autograd.Function):
-    """Keeps its input only, instead of two maps four times as wide; backward repeats the first product."""
+    """Keeps its input, and of two maps four times as wide none, or the one before GELU; backward repeats the rest."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        ctx.save_for_backward(x, weight1, bias1, weight2)
-        ctx.dtype = dtype
         w1, w2 = weight1.flatten(1).to(dtype), weight2.flatten(1).to(dtype)
         b1, b2 = bias1.to(dtype), bias2.to(dtype)
+        kept = x.device.type == 'cpu' and x.shape[-1] >= KEEP_FROM_WIDTH
+        wide = x.new_empty(*x.shape[:-1], w1.shape[0], dtype=dtype) if kept else None
+        ctx.save_for_backward(x, weight1, bias1, weight2, wide)
+        ctx.dtype = dtype
         out = x.new_empty(*x.shape[:-1], w2.shape[0], dtype=dtype)
         with torch.autocast(x.device.type, enabled=False):
-            for rows, result in onednn.split_rows(x, out):
+            for rows, result, *before in onednn.split_rows(x, out, *([] if wide is None else [wide])):
                 rows = rows.to(dtype)
-                if onednn.applies(rows):
-                    result.copy_(onednn.product(onednn.product(rows, w1, b1, post='gelu'), w2, b2))
+                if before:
+                    hidden = F.gelu(torch.addmm(b1, rows, w1.mT, out=before[0]))
+                elif onednn.applies(rows):
+                    hidden = onednn.product(rows, w1, b1, post='gelu')
                 else:
-                    result.copy_(F.linear(F.gelu(F.linear(rows, w1, b1)), w2, b2))
+                    hidden = F.gelu(F.linear(rows, w1, b1))
+                result.copy_(onednn.dense(hidden, w2, b2))
         return out
 
     @staticmethod
     @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight1, bias1, weight2 = ctx.saved_tensors
+        x, weight1, bias1, weight2, wide = ctx.saved_tensors
         dtype = ctx.dtype
         w1, w2, b1 = weight1.flatten(1).to(dtype), weight2.flatten(1).to(dtype), bias1.to(dtype)
         grad_x = torch.empty_like(x)
         totals: list[Tensor] = []
         with torch.autocast(x.device.type, enabled=False):
-            for rows, grads, result in onednn.split_rows(x, grad, grad_x):
+            for rows, grads, result, *kept in onednn.split_rows(x, grad, grad_x, *([] if wide is None else [wide])):
                 rows, grads = rows.to(dtype), grads.to(dtype)
-                before = onednn.dense(rows, w1, b1)
+                before = kept[0] if kept else onednn.dense(rows, w1, b1)
                 parts = [*onednn.weight_gradient(grads, F.gelu(before))]
                 grad_before = torch.ops.aten.gelu_backward(onednn.dense(grads, w2.mT), before)
                 parts += onednn.weight_gradient(grad_before, rows)

@@ -136,7 +136,7 @@ def decay_map(freq_embed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class _DecayMap(torch.autograd.Function):
-    """Keeps the decay, which the operator keeps as well, and computes the diffusivity anew in backward."""
+    """Keeps the decay, which the operator keeps as well, and where the diffusivity is positive."""
 
     @staticmethod
     def forward(ctx: Any, freq_embed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -144,10 +144,11 @@ class _DecayMap(torch.autograd.Function):
 
         with torch.autocast(freq_embed.device.type, enabled=False):
             k = onednn.dense(freq_embed, weight, bias).relu_()
+            active = k > 0
         h, w, _ = freq_embed.shape
         frequencies = squared_frequencies(h, w, k.dtype, k.device)
         decay = k.mul_(frequencies.unsqueeze(-1)).neg_().exp_()
-        ctx.save_for_backward(freq_embed, weight, bias, decay)
+        ctx.save_for_backward(freq_embed, weight, decay, active)
         return decay
 
     @staticmethod
@@ -155,10 +156,9 @@ class _DecayMap(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from ..heat_conduction import squared_frequencies
 
-        freq_embed, weight, bias, decay = ctx.saved_tensors
+        freq_embed, weight, decay, active = ctx.saved_tensors
         h, w, c = freq_embed.shape
         with torch.autocast(grad.device.type, enabled=False):
-            active = onednn.dense(freq_embed, weight, bias) > 0
             grad_k = (grad * decay).mul_(squared_frequencies(h, w, grad.dtype, grad.device).unsqueeze(-1)).neg_()
             grad_k = grad_k.mul_(active).view(-1, c)
             grad_weight, grad_bias = onednn.weight_gradient(grad_k, freq_embed.reshape(-1, c))
