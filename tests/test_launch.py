@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def test_scripts_explain_their_use(tmp_path, script, arguments):
         (dict(NODE_RANK='1'), 'NODE_RANK'),
         (dict(PORT='http'), 'PORT'),
         (dict(MAX_RESTARTS='often'), 'MAX_RESTARTS'),
+        (dict(NNODES='2', MASTER_ADDR='nowhere.invalid'), "MASTER_ADDR='nowhere.invalid'"),
     ],
 )
 def test_bad_description_of_machines(tmp_path, environment, word):
@@ -213,6 +215,43 @@ def test_two_nodes_train_with_one_rendezvous(slow, detector):
     assert [node.wait(timeout=200) for node in nodes] == [0, 0], (slow / 'output').read_text()[-3000:]
     assert '2 processes joined by gloo' in (slow / 'output').read_text()
     assert_same_weights(slow / 'run' / 'epoch_2.pth', detector / 'run' / 'epoch_2.pth')
+
+
+@pytest.fixture
+def two_machines() -> Iterator[list[list[str]]]:
+    """Commands that run another one on a machine of its own; their names have no address, as those of containers."""
+    names = [f'vheat-{os.getpid()}-{i}' for i in range(2)]
+    pair = f'ip link add v0 netns {names[0]} type veth peer name v1 netns {names[1]}'
+    try:
+        for command in (f'ip netns add {names[0]}', f'ip netns add {names[1]}', pair):
+            made = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+            if made.returncode:
+                pytest.skip(f'{command}: {made.stderr.strip()}')
+        for i, name in enumerate(names):
+            for command in (f'addr add 10.9.0.{i + 1}/24 dev v{i}', f'link set v{i} up', 'link set lo up'):
+                subprocess.run(['ip', '-n', name, *command.split()], check=True)
+        named = 'hostname {}; exec "$@"'
+        yield [['ip', 'netns', 'exec', n, 'unshare', '--uts', 'sh', '-c', named.format(n), 'sh'] for n in names]
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    finally:
+        for name in names:
+            subprocess.run(['ip', 'netns', 'delete', name], capture_output=True, check=False)
+
+
+@pytest.mark.parametrize('environment', [dict(), dict(MAX_RESTARTS='1')], ids=['static', 'elastic'])
+def test_machines_without_names(two_machines, segmentor, tmp_path, environment):
+    """With a rendezvous that can be held again, no NODE_RANK is needed: the one with MASTER_ADDR is the host."""
+    shared = {**os.environ, 'PYTHON': sys.executable, 'NNODES': '2', 'MASTER_ADDR': '10.9.0.1', **environment}
+    command = [TOOLS / 'dist_test.sh', 'segmentation.py', 'run/iter_4.pth', '1', '--work-dir', tmp_path]
+    nodes = []
+    for rank, machine in enumerate(two_machines):
+        env = shared if environment else {**shared, 'NODE_RANK': str(rank)}
+        arguments = [str(part) for part in (*machine, *command)]
+        nodes.append(subprocess.Popen(arguments, cwd=segmentor, env=env, stdout=subprocess.PIPE, text=True))
+    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0]
+    assert any('2 processes joined by gloo' in output for output in outputs)
 
 
 def test_deterministic_run_is_bit_equal_twice(tmp_path, data):

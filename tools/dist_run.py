@@ -13,10 +13,12 @@ Exits with the status of the process that failed first; with 75 where SIGTERM en
 state. torchrun's own report, a traceback, is left out: the process has said already why it ended.
 """
 
+import contextlib
 import logging
 import os
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import time
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2  # a tool ended with a message of its own
 REQUEUE = 75  # training ended on SIGTERM, and has saved its state
+SIOCGIFADDR = 0x8915  # of netdevice(7)
 SECONDS_TO_SAVE = 600  # after SIGTERM; the scheduler that sent it decides in the end
 
 
@@ -48,6 +51,10 @@ def torchrun_options(processes: int, command: list[str]) -> list[str]:
     if not address:
         raise ValueError(f'NNODES={most}: set MASTER_ADDR to the address of the machine with NODE_RANK=0')
     port = port or (free_port() if most == 1 else 29500)
+    here = this_address(address)
+    if most > 1 and (interface := interface_of(here)):
+        # Gloo looks its own name up instead, which in a container gives the loopback, or nothing.
+        os.environ.setdefault('GLOO_SOCKET_IFNAME', interface)
     options = [
         *('--nproc_per_node', str(processes), '--max_restarts', str(restarts or 0)),
         # Once a process has ended, the others must end before they complain of it (they wait two seconds).
@@ -57,10 +64,15 @@ def torchrun_options(processes: int, command: list[str]) -> list[str]:
         # Else PyTorch 2.13 keeps one store for all rounds. Processes that start again read in it the addresses of those
         # that have ended, and wait for them; a machine that joins later waits for one that is never published.
         os.environ.setdefault('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')
-        is_host = [] if rank is None else [f'is_host={int(rank == 0)}']
+        if rank is not None:
+            is_host = [f'is_host={int(rank == 0)}']
+        else:  # torchrun finds out by this machine's name; where that has no address, it would fail
+            is_host = [] if _has_address(socket.gethostname()) else [f'is_host={int(_has_address(address, here))}']
         configuration = ','.join([*is_host, 'join_timeout=600', 'last_call_timeout=5'])
         rendezvous = ('--rdzv_backend', 'c10d', '--rdzv_endpoint', f'{address}:{port}', '--rdzv_id', f'vheat-{port}')
-        return [*options, '--nnodes', f'{least}:{most}', *rendezvous, '--rdzv_conf', configuration]
+        # The others are told this address, not this machine's name.
+        own = ('--local_addr', here)
+        return [*options, '--nnodes', f'{least}:{most}', *own, *rendezvous, '--rdzv_conf', configuration]
     static = ('--node_rank', str(rank or 0), '--master_addr', address, '--master_port', str(port))
     return [*options, '--nnodes', str(most), *static]
 
@@ -91,6 +103,43 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         return probe.getsockname()[1]
+
+
+def this_address(master: str) -> str:
+    """The address that this machine has on its way to ``master``; nothing is sent.
+
+    Raises:
+        ValueError: There is no such machine, or no way to it.
+    """
+    try:
+        family, *_, target = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise ValueError(f'MASTER_ADDR={master!r} cannot be reached from here: {error}') from error
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the network interface with that IPv4 address, on Linux."""
+    if not sys.platform.startswith('linux'):
+        return None
+    import fcntl
+
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):  # has no address
+            entry = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack('256s', name.encode()))
+            if socket.inet_ntoa(entry[20:24]) == address:
+                return name
+    return None
+
+
+def _has_address(name: str, address: str | None = None) -> bool:
+    try:
+        found = {entry[4][0] for entry in socket.getaddrinfo(name, None)}
+    except OSError:
+        return False
+    return address is None or address in found
 
 
 def share_cores(processes: int) -> None:
