@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vheat_mm import VHeat, kernels
 from vheat_mm.freq_embed import fit_freq_embed
-from vheat_mm.heat_conduction import decay_map, heat_conduction
+from vheat_mm.heat_conduction import decay_map, heat_conduction, heat_norm_gate
 from vheat_mm.kernels import compiled, convolution, onednn, positionwise, spectral
 from vheat_mm.layers import embed_patches
 from vheat_mm.positionwise import by_image, by_position, linear, mlp, norm_gate, split_linear
@@ -37,6 +37,7 @@ def inputs(name, size, dtype):
         'heat_conduction': (x, torch.rand(h, w, C, dtype=torch.float64).float()),
         'decay_map': (torch.randn(h, w, C), weight[:C].float(), bias[:C].float()),
         'norm_gate': (x, new(b, h, w, 2 * C)[..., C:], 1 + new(C), new(C), 1e-5),
+        'heat_norm_gate': (x, new(b, h, w, C), torch.rand(h, w, C), 1 + new(C), new(C), 1e-5),
         'linear': (x, weight, bias),
         'split_linear': (x, weight, bias),
         'mlp': (x, weight[:, :, None, None], bias, weight.mT.contiguous(), bias[:C]),
@@ -47,6 +48,7 @@ STEPS = dict(
     heat_conduction=(heat_conduction, spectral),
     decay_map=(decay_map, spectral),
     norm_gate=(norm_gate, positionwise),
+    heat_norm_gate=(heat_norm_gate, spectral),
     linear=(linear, positionwise),
     split_linear=(split_linear, positionwise),
     mlp=(mlp, positionwise),
@@ -111,8 +113,8 @@ def test_mlp_that_keeps_its_wide_map(dtype, monkeypatch):
 @pytest.mark.parametrize(('name', 'gradients'), [(n, g) for n in STEPS for g in (False, True)])
 def test_fast_forms_are_in_use(name, gradients, monkeypatch):
     """What the test above compares is not the reference form twice."""
-    if (name, gradients) in {('decay_map', False), ('norm_gate', False)}:
-        pytest.skip('has no fast form without gradients')
+    if (name, gradients) in {('decay_map', False), ('norm_gate', False), ('heat_norm_gate', True)}:
+        pytest.skip('has no fast form of its own here')
     step, module = STEPS[name]
     calls = []
     fast = getattr(module, name)
@@ -123,6 +125,16 @@ def test_fast_forms_are_in_use(name, gradients, monkeypatch):
     with kernels.use('reference'):
         run(step, inputs(name, (2, 41, 57), torch.float32), gradients)
     assert not calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('dtype', list(ERRORS), ids=str)
+def test_large_maps_some_channels_at_a_time(dtype, monkeypatch):
+    monkeypatch.setattr(spectral, 'PART_BYTES', 1)  # a cache line of channels, and what is left
+    x, decay = torch.randn(2, 100, 103, 40).to(dtype), torch.rand(100, 103, 40)
+    with kernels.use('reference'):
+        exact = heat_conduction(x.double(), decay.double())
+    assert error(heat_conduction(x, decay), exact) < ERRORS[dtype]
 
 
 @torch.no_grad()

@@ -71,6 +71,7 @@ class HeatConduction2d(nn.Module):
         """The operator without its projection: everything that mixes positions, (B, H, W, C) -> (B, H, W, C)."""
         x = convolve(x, self.dwconv)
         signal, gate = split_linear(x, self.linear.weight, self.linear.bias)
+        del x  # its memory serves the next step
         norm = self.out_norm
         return heat_norm_gate(signal, gate, decay, norm.weight, norm.bias, norm.eps)
 
@@ -152,7 +153,10 @@ def _scale(n: int) -> float:
 
 @step
 def heat_norm_gate(x: Tensor, gate: Tensor, decay: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """``LayerNorm(heat_conduction(x, decay)) * SiLU(gate)``: 2 x (B, H, W, C), (H, W, C) -> (B, H, W, C)."""
+    """``LayerNorm(heat_conduction(x, decay)) * SiLU(gate)``: 2 x (B, H, W, C), (H, W, C) -> (B, H, W, C).
+
+    Where no gradient is recorded, a fast form may write over ``x``.
+    """
     return by_position(
         lambda gate, heat: norm_gate(heat, gate, weight, bias, eps),
         gate,

@@ -34,6 +34,7 @@ _MODULES: dict[str, dict[str, str]] = {
         embed_patches='convolution',
         fit_freq_embed='resize',
         heat_conduction='spectral',
+        heat_norm_gate='spectral',
         decay_map='spectral',
         by_image='positionwise',
         by_position='positionwise',

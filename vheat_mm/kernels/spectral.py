@@ -12,8 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..positionwise import by_position, norm_gate
 from . import onednn
 from .autograd import once
+
+# The transform's intermediate maps are made for some channels at a time, of this many bytes: together they stay below
+# what the C library gives back to the system when it is freed, and takes anew, page by page, for the next block.
+PART_BYTES = 12 << 20
 
 # From these widths on, the two transpositions cost less than oneDNN's large products gain.
 _LARGE = {torch.float32: 40, torch.bfloat16: 100}
@@ -26,13 +31,34 @@ def takes_heat_conduction(x: Tensor, decay: Tensor) -> bool:
 def heat_conduction(x: Tensor, decay: Tensor) -> Tensor:
     if onednn.needs_gradient(x, decay):
         return _HeatConduction.apply(x, decay)
+    return _conduct(x, decay, torch.empty(x.shape, dtype=x.dtype))
+
+
+def takes_heat_norm_gate(x: Tensor, gate: Tensor, decay: Tensor, weight: Tensor, bias: Tensor, eps: float) -> bool:
+    recorded = onednn.needs_gradient(x, gate, decay, weight, bias)
+    return not recorded and x.is_contiguous() and takes_heat_conduction(x, decay)
+
+
+def heat_norm_gate(x: Tensor, gate: Tensor, decay: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    heat = _conduct(x, decay, out=x)
+    return by_position(lambda gate, heat: norm_gate(heat, gate, weight, bias, eps), gate, heat)
+
+
+def _conduct(x: Tensor, decay: Tensor, out: Tensor) -> Tensor:
+    """Without gradients; ``out`` may be ``x``."""
     large = _is_large(x)
-    out = torch.empty(x.shape, dtype=x.dtype)
-    at_a_time = max(1, onednn.GROUP_BYTES // (x[0].numel() * x.element_size()))
-    for images, result in zip(x.split(at_a_time), out.split(at_a_time), strict=True):
-        modes = _damp(_transform(images, large), decay, large)
-        result.copy_(_inverse(modes, large))
+    images = max(1, onednn.GROUP_BYTES // (x[0].numel() * x.element_size()))
+    channels = _channels(x) if large else x.shape[-1]
+    for batch, results in zip(x.split(images), out.split(images), strict=True):
+        for part, damping, result in zip(*(t.split(channels, -1) for t in (batch, decay, results)), strict=True):
+            _inverse(_damp(_transform(part, large), damping, large), large, result)
     return out
+
+
+def _channels(x: Tensor) -> int:
+    """Channels of an image to work on at a time, in whole cache lines."""
+    line = 64 // x.element_size()
+    return max(line, PART_BYTES // (x.shape[1] * x.shape[2] * x.element_size()) // line * line)
 
 
 class _HeatConduction(torch.autograd.Function):
@@ -93,22 +119,25 @@ def _transform(x: Tensor, large: bool) -> Tensor:
     return _along_h(modes.view(b, h, c, w), along_h)
 
 
-def _inverse(modes: Tensor, large: bool) -> Tensor:
-    """Inverse DCT2: modes -> (B, H, W, C)."""
+def _inverse(modes: Tensor, large: bool, out: Tensor | None = None) -> Tensor:
+    """Inverse DCT2: modes -> (B, H, W, C), into ``out`` if given."""
     from ..heat_conduction import basis
 
     if not large:
         b, h, w, c = modes.shape
         from_h, from_w = basis(h, modes).mT, basis(w, modes).mT
         x = torch.bmm(from_h.expand(b, h, h), modes.view(b, h, w * c))
-        return torch.bmm(from_w.expand(b * h, w, w), x.view(b * h, w, c)).view(b, h, w, c)
+        x = torch.bmm(
+            from_w.expand(b * h, w, w), x.view(b * h, w, c), out=None if out is None else out.view(b * h, w, c)
+        )
+        return x.view(b, h, w, c)
     b, h, c, w = modes.shape
     modes = _along_h(modes, basis(h, modes).mT.contiguous()).view(b * h, c, w)
-    x = modes.new_empty(b * h, w, c)
+    x = modes.new_empty(b * h, w, c) if out is None else out.view(b * h, w, c)
     size = _image_rows(modes)
     from_w = basis(w, modes).mT
-    for rows, out in zip(modes.split(size), x.split(size), strict=True):
-        out.copy_(onednn.product(rows.view(-1, w), from_w).view(rows.shape).transpose(1, 2))
+    for rows, turned in zip(modes.split(size), x.split(size), strict=True):
+        turned.copy_(onednn.product(rows.view(-1, w), from_w).view(rows.shape).transpose(1, 2))
     return x.view(b, h, w, c)
 
 
