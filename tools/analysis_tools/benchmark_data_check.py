@@ -37,7 +37,8 @@ def make_data(root: Path, images: int) -> None:
     (root / 'images').mkdir(parents=True)
     for i in range(JPEGS):
         rough = rng.integers(0, 256, (HEIGHT // 4, WIDTH // 4, 3), dtype=np.uint8)
-        cv2.imwrite(str(root / f'{i}.jpg'), cv2.resize(rough, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC))
+        image = cv2.resize(rough, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(root / f'{i}.jpg'), image, [cv2.IMWRITE_JPEG_QUALITY, 70])
     entries, annotations = [], []
     for i in range(images):
         name = f'{i:012}.jpg'

@@ -9,10 +9,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from vheat_mm.kernels import onednn
 
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
@@ -191,14 +194,16 @@ def fitted_exponent(pixels: Sequence[float], seconds: Sequence[float]) -> float 
 def machine_limits(device: str, dtype: str) -> dict[str, float]:
     """Bandwidth (bytes / s) of a large copy and rate (FLOP / s) of a large matrix product, measured now."""
     big = 2**28 if device == 'cuda' else 2**25
-    n = 8192 if device == 'cuda' else 2048
+    m, n = (8192, 8192) if device == 'cuda' else (4096, 1024)
     source = torch.zeros(big, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    a = torch.randn(n, n, device=device, dtype=DTYPES[dtype])
-    copy = take_turns({'copy': lambda: timed(lambda: target.copy_(source), device)}, repeats=10, warmup=3)['copy']
-    # as a 1x1 convolution on the CPU: its matrix product is not the fastest that PyTorch has there
-    as_map, weight = a.view(1, n, n, 1).permute(0, 2, 1, 3), a.view(n, n, 1, 1)
-    product = (lambda: a @ a) if device == 'cuda' else (lambda: nn.functional.conv2d(as_map, weight))
+    x, weight = (torch.randn(rows, n, device=device, dtype=DTYPES[dtype]) for rows in (m, n))
+    products = {'product': lambda: x @ weight}
+    if device == 'cpu' and DTYPES[dtype] in onednn.TYPES:  # which library is faster depends on the processor
+        laid_out = onednn.prepared(nn.Parameter(weight, requires_grad=False), weight.dtype)[0]
+        products['oneDNN'] = lambda: onednn.product(x, laid_out)
     with torch.no_grad():
-        rate = take_turns({'product': lambda: timed(product, device)}, repeats=10, warmup=3)['product']
-    return dict(bytes_per_s=2 * source.nbytes / min(copy.samples), flop_per_s=2 * n**3 / min(rate.samples))
+        runs = {'copy': lambda: target.copy_(source), **products}
+        taken = take_turns({name: partial(timed, run, device) for name, run in runs.items()}, repeats=10, warmup=3)
+    best = min(min(taken[name].samples) for name in products)
+    return dict(bytes_per_s=2 * source.nbytes / min(taken['copy'].samples), flop_per_s=2 * m * n * n / best)
