@@ -10,8 +10,8 @@ Linux only, as it reads /proc.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import re
 import subprocess
 import sys
 import time
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from benchmark_measure import resident
 
 REPO = Path(__file__).resolve().parents[2]
 CLASSES, ANNOTATIONS_PER_IMAGE, RLE_EVERY, JPEGS = 80, 7.27, 90, 50
@@ -32,7 +33,7 @@ train_dataloader = dict(dataset=dict(
 
 
 def make_data(root: Path, images: int) -> None:
-    """Write the data set: as a photograph's, the JPEGs' bytes are of the order of 70 kB."""
+    """Write the data set; its JPEGs take about as many bytes as photographs of their size."""
     rng = np.random.default_rng(0)
     (root / 'images').mkdir(parents=True)
     for i in range(JPEGS):
@@ -77,11 +78,9 @@ def watch(command: list[str]) -> tuple[float, float, float]:
 
 def peak(pid: int) -> float:
     """Peak resident memory of a process in GB; 0 once it has ended."""
-    try:
-        found = re.search(r'VmHWM:\s+(\d+)', Path(f'/proc/{pid}/status').read_text())
-    except OSError:
-        found = None
-    return int(found.group(1)) / 1e6 if found else 0.0
+    with contextlib.suppress(OSError):
+        return resident('VmHWM', pid) / 1e9
+    return 0.0
 
 
 def children(pid: int) -> list[int]:

@@ -141,17 +141,20 @@ def peak_memory(function: Callable[[], None], device: str) -> int | None:
         return torch.cuda.max_memory_allocated()
     try:
         Path('/proc/self/clear_refs').write_text('5')  # sets the high-water mark to what is resident now
-        before = _resident('VmRSS')
+        before = resident('VmRSS')
         function()
-        return max(0, _resident('VmHWM') - before)
+        return max(0, resident('VmHWM') - before)
     except OSError:
         function()
         return None
 
 
-def _resident(name: str) -> int:
-    line = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(f'{name}:'))
-    return int(line.split()[1]) * 1024
+def resident(name: str, pid: int | str = 'self') -> int:
+    """Bytes resident of a process: ``VmRSS`` now, ``VmHWM`` at most; 0 once it has ended. Raises OSError off Linux."""
+    for line in Path(f'/proc/{pid}/status').read_text().splitlines():
+        if line.startswith(f'{name}:'):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def saved_bytes(model: nn.Module, function: Callable[[], object]) -> int:
