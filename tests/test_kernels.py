@@ -131,10 +131,13 @@ def test_fast_forms_are_in_use(name, gradients, monkeypatch):
 @pytest.mark.parametrize('dtype', list(ERRORS), ids=str)
 def test_large_maps_some_channels_at_a_time(dtype, monkeypatch):
     monkeypatch.setattr(spectral, 'PART_BYTES', 1)  # a cache line of channels, and what is left
+    transform, widths = spectral._transform, []
+    monkeypatch.setattr(spectral, '_transform', lambda x, large: widths.append(x.shape[-1]) or transform(x, large))
     x, decay = torch.randn(2, 100, 103, 40).to(dtype), torch.rand(100, 103, 40)
     with kernels.use('reference'):
         exact = heat_conduction(x.double(), decay.double())
     assert error(heat_conduction(x, decay), exact) < ERRORS[dtype]
+    assert max(widths) == 64 // x.element_size()
 
 
 @torch.no_grad()
