@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vheat_mm import VHeat, kernels
 from vheat_mm.freq_embed import fit_freq_embed
 from vheat_mm.heat_conduction import decay_map, heat_conduction, heat_norm_gate
-from vheat_mm.kernels import compiled, convolution, onednn, positionwise, spectral
+from vheat_mm.kernels import compiled, convolution, mirrored, onednn, positionwise, spectral
 from vheat_mm.layers import embed_patches
 from vheat_mm.positionwise import by_image, by_position, linear, mlp, norm_gate, split_linear
 
@@ -24,8 +24,9 @@ C = 12
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch):
-    """Groups of 64 positions, so that tiny maps are worked off in several."""
+    """Groups of 64 positions, so that tiny maps are worked off in several; mirrored from 8 positions a side on."""
     monkeypatch.setattr(onednn, 'GROUP_BYTES', 64 * C * 2)
+    monkeypatch.setattr(spectral, 'MIRROR_FROM', dict.fromkeys(onednn.TYPES, 8))
     assert kernels.form() == 'fast'
 
 
@@ -103,10 +104,12 @@ def test_mlp_that_keeps_its_wide_map(dtype, monkeypatch):
     counts = []
     for width in (C + 1, C):
         monkeypatch.setattr(positionwise, 'KEEP_FROM_WIDTH', width)
-        products.clear()
         found = run(mlp, args, gradients=True)
-        counts.append(len(products))
         assert all(error(a, b) < ERRORS[dtype] for a, b in zip(found, exact, strict=True))
+        out = mlp(args[0].clone().requires_grad_(), *args[1:])
+        products.clear()
+        out.sum().backward()
+        counts.append(len(products))
     assert counts[1] < counts[0]
 
 
@@ -131,13 +134,25 @@ def test_fast_forms_are_in_use(name, gradients, monkeypatch):
 @pytest.mark.parametrize('dtype', list(ERRORS), ids=str)
 def test_large_maps_some_channels_at_a_time(dtype, monkeypatch):
     monkeypatch.setattr(spectral, 'PART_BYTES', 1)  # a cache line of channels, and what is left
-    transform, widths = spectral._transform, []
-    monkeypatch.setattr(spectral, '_transform', lambda x, large: widths.append(x.shape[-1]) or transform(x, large))
-    x, decay = torch.randn(2, 100, 103, 40).to(dtype), torch.rand(100, 103, 40)
+    conduct, widths = mirrored.conduct, []
+    monkeypatch.setattr(mirrored, 'conduct', lambda x, *rest: widths.append(x.shape[-1]) or conduct(x, *rest))
+    x, decay = torch.randn(2, 50, 33, 40).to(dtype), torch.rand(50, 33, 40)
     with kernels.use('reference'):
         exact = heat_conduction(x.double(), decay.double())
     assert error(heat_conduction(x, decay), exact) < ERRORS[dtype]
     assert max(widths) == 64 // x.element_size()
+
+
+@torch.no_grad()
+def test_mirroring_halves_the_products(monkeypatch):
+    monkeypatch.setattr(onednn, 'product', lambda x, weight: x @ weight.mT)  # an operator that the counter knows
+    x, places = torch.randn(1, 32, 48, C), torch.zeros(32, 48, C)
+    with kernels.use('reference'), FlopCounterMode(display=False) as whole:
+        heat_conduction(x, places)
+    with FlopCounterMode(display=False) as half:
+        mirrored.conduct(x[0], lambda modes, rows, columns: places[rows, columns].add_(1), torch.empty_like(x[0]))
+    assert 2 * half.get_total_flops() == whole.get_total_flops()
+    assert (places == 1).all()
 
 
 @torch.no_grad()

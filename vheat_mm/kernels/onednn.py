@@ -19,6 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # stays in the cache, and no allocation is so large that it comes as fresh pages, which cost more than the arithmetic.
 GROUP_BYTES = 3 << 20
 
+COPIES_BYTES = 1 << 19  # of a matrix that a batch of products shares
+
 TYPES = (torch.float32, torch.bfloat16)
 _PACK_ROWS = 4096  # the number of rows that weights are laid out for; others work too
 
@@ -114,6 +116,19 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, post: str = '
         post: ``'none'`` or ``'gelu'`` (exact).
     """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, post, [], 'none' if post == 'gelu' else '')
+
+
+def multiply_each(matrix: Tensor, maps: Tensor, out: Tensor | None = None) -> Tensor:
+    """``matrix @ map`` of each map without gradients, into ``out`` if given: (N, K), (B, K, C) -> (B, N, C)."""
+    if maps.dtype is torch.float32:  # MKL takes one matrix for all
+        return torch.bmm(matrix.expand(len(maps), *matrix.shape), maps, out=out)
+    # oneDNN reads a matrix of its own for each map, and copies of one are made at every call: so few, and once.
+    out = maps.new_empty(len(maps), len(matrix), maps.shape[2]) if out is None else out
+    some = min(len(maps), max(1, COPIES_BYTES // (matrix.numel() * matrix.element_size())))
+    copies = matrix.expand(some, *matrix.shape).contiguous()
+    for few, result in zip(maps.split(some), out.split(some), strict=True):
+        torch.bmm(copies[: len(few)], few, out=result)
+    return out
 
 
 def differentiable(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

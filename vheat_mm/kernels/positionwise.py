@@ -119,35 +119,36 @@ class _Mlp(torch.autograd.Function):
     ) -> Tensor:
         w1, w2 = weight1.flatten(1).to(dtype), weight2.flatten(1).to(dtype)
         b1, b2 = bias1.to(dtype), bias2.to(dtype)
-        kept = x.device.type == 'cpu' and x.shape[-1] >= KEEP_FROM_WIDTH
-        wide = x.new_empty(*x.shape[:-1], w1.shape[0], dtype=dtype) if kept else None
-        ctx.save_for_backward(x, weight1, bias1, weight2, wide)
-        ctx.dtype = dtype
+        keeps = x.device.type == 'cpu' and x.shape[-1] >= KEEP_FROM_WIDTH
+        wide: list[Tensor] = []
         out = x.new_empty(*x.shape[:-1], w2.shape[0], dtype=dtype)
         with torch.autocast(x.device.type, enabled=False):
-            for rows, result, *before in onednn.split_rows(x, out, *([] if wide is None else [wide])):
+            for rows, result in onednn.split_rows(x, out):
                 rows = rows.to(dtype)
-                if before:
-                    hidden = F.gelu(torch.addmm(b1, rows, w1.mT, out=before[0]))
-                elif onednn.applies(rows):
+                if onednn.applies(rows) and not keeps:
                     hidden = onednn.product(rows, w1, b1, post='gelu')
                 else:
-                    hidden = F.gelu(F.linear(rows, w1, b1))
+                    before = onednn.dense(rows, w1, b1)
+                    hidden = F.gelu(before)
+                    if keeps:
+                        wide.append(before)
                 result.copy_(onednn.dense(hidden, w2, b2))
+        ctx.save_for_backward(x, weight1, bias1, weight2, *wide)
+        ctx.dtype = dtype
         return out
 
     @staticmethod
     @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight1, bias1, weight2, wide = ctx.saved_tensors
+        x, weight1, bias1, weight2, *wide = ctx.saved_tensors
         dtype = ctx.dtype
         w1, w2, b1 = weight1.flatten(1).to(dtype), weight2.flatten(1).to(dtype), bias1.to(dtype)
         grad_x = torch.empty_like(x)
         totals: list[Tensor] = []
         with torch.autocast(x.device.type, enabled=False):
-            for rows, grads, result, *kept in onednn.split_rows(x, grad, grad_x, *([] if wide is None else [wide])):
+            for index, (rows, grads, result) in enumerate(onednn.split_rows(x, grad, grad_x)):
                 rows, grads = rows.to(dtype), grads.to(dtype)
-                before = kept[0] if kept else onednn.dense(rows, w1, b1)
+                before = wide[index] if wide else onednn.dense(rows, w1, b1)
                 parts = [*onednn.weight_gradient(grads, F.gelu(before))]
                 grad_before = torch.ops.aten.gelu_backward(onednn.dense(grads, w2.mT), before)
                 parts += onednn.weight_gradient(grad_before, rows)
