@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from vheat_mm import kernels
+from vheat_mm.kernels import spectral
+
 TOOLS = Path(__file__).resolve().parents[1] / 'tools' / 'analysis_tools'
 
 
@@ -132,6 +135,24 @@ def test_run_and_page(tmp_path, capsys):
     with pytest.raises(SystemExit, match=r'is no benchmark\.json'):
         benchmark.main(['--page', str(page), str(out / 'benchmark.csv')])
     assert page.read_text() == text
+
+
+def test_flops_of_mirrored_maps(monkeypatch, make_vheat):
+    """What transforms in halves leave out of the reference form's count: half of it, less where a side is odd."""
+    from benchmark import roofline
+    from benchmark_models import mirrored_flops
+
+    model = make_vheat()
+    monkeypatch.setattr(spectral, 'MIRROR_FROM', {torch.float32: 32})  # the first stage of 64 x 64 pixels alone
+    dim, depth = model.num_features[0], model.depths[0]
+    assert mirrored_flops(model, 3, (64, 64), torch.float32) == 3 * depth * 2 * (16 + 16) * 16 * 16 * dim
+    assert mirrored_flops(model, 1, (60, 68), torch.float32) == depth * 4 * (112 * 17 + 144 * 15) * dim
+    assert mirrored_flops(model, 1, (60, 64), torch.float32) == 0
+    flops, limits = {}, dict(flop_per_s=1.0, bytes_per_s=1.0)
+    for form in ('fast', 'reference'):
+        with kernels.use(form):
+            flops[form] = roofline(model, torch.rand(1, 3, 64, 64), 1.0, limits, 'fp32')['flops']
+    assert flops['reference'] - flops['fast'] == depth * 2 * (16 + 16) * 16 * 16 * dim
 
 
 def test_missing_package_is_named(monkeypatch):

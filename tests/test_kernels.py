@@ -24,9 +24,10 @@ C = 12
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch):
-    """Groups of 64 positions, so that tiny maps are worked off in several; mirrored from 8 positions a side on."""
+    """Groups of 64 positions, so that tiny maps are worked off in several; mirrored where both sides add up to 16."""
     monkeypatch.setattr(onednn, 'GROUP_BYTES', 64 * C * 2)
-    monkeypatch.setattr(spectral, 'MIRROR_FROM', dict.fromkeys(onednn.TYPES, 8))
+    monkeypatch.setattr(onednn, 'COPIES_BYTES', 3 * 9 * 9 * 2)
+    monkeypatch.setattr(spectral, 'MIRROR_FROM', dict.fromkeys(onednn.TYPES, 16))
     assert kernels.form() == 'fast'
 
 

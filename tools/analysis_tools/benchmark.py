@@ -27,7 +27,7 @@ from benchmark_measure import (
     take_turns,
     timed,
 )
-from benchmark_models import ARCHS, MODELS, ModelError, build, form, minimal_bytes
+from benchmark_models import ARCHS, MODELS, ModelError, build, form, minimal_bytes, mirrored_flops
 from benchmark_report import describe_run, print_table, write_page, write_results
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -154,7 +154,8 @@ def measure_case(args: argparse.Namespace, size: tuple[int, int], dtype: str, mo
             saved_bytes=result.saved_bytes,
         )  # fmt: skip
         if limits and result.median and name.startswith('vheat') and mode == 'forward':
-            record['roofline'] = roofline(model, image, result.median, limits, dtype)
+            with form(name):
+                record['roofline'] = roofline(model, image, result.median, limits, dtype)
         records[name] = record
         release()
     return records
@@ -175,10 +176,13 @@ def add_memory(result: Result, once, name, model, runnable, image, args, dtype, 
 def roofline(model, image: torch.Tensor, seconds: float, limits: dict[str, float], dtype: str) -> dict[str, float]:
     """Arithmetic and traffic that a forward pass cannot avoid against what the machine does at best."""
     element = torch.empty((), dtype=DTYPES[dtype]).element_size()
+    size = (image.shape[2], image.shape[3])
     with kernels.use('reference'), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(image)
     flops = counter.get_total_flops()
-    moved = minimal_bytes(model, image.shape[0], tuple(image.shape[2:]), element)
+    if kernels.form() == 'fast' and image.device.type == 'cpu':
+        flops -= mirrored_flops(model, image.shape[0], size, DTYPES[dtype])
+    moved = minimal_bytes(model, image.shape[0], size, element)
     bound = max(flops / limits['flop_per_s'], moved / limits['bytes_per_s'])
     return dict(limits, flops=flops, minimal_bytes=moved, bound_seconds=bound, fraction=bound / seconds)
 

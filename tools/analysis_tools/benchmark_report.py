@@ -99,6 +99,7 @@ def rows(run: Run) -> Iterator[dict[str, Any]]:
                 both = seconds[name] and seconds.get(other)
                 row[f'over_{other}'] = seconds[name] / seconds[other] if both else None
             roofline = record.get('roofline')
+            row['flops'] = roofline['flops'] / case['batch_size'] if roofline else None
             row['of_roofline'] = _fraction(roofline, best[case['dtype']], seconds[name]) if roofline else None
             yield row
 
@@ -132,7 +133,7 @@ def exponents(run: Run) -> dict[tuple[str, str, str], float]:
 
 HEADINGS = (
     'case', 'model', 'ms', 'img/s', 'peak MB', 'saved MB',
-    'over swin', 'over convnext', 'over reference', 'of roofline',
+    'over swin', 'over convnext', 'over reference', 'GFLOP/img', 'of roofline',
 )  # fmt: skip
 
 
@@ -147,7 +148,8 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [
         case, row['model'], milliseconds, number('images_per_s', 1, 1), number('peak_bytes', 1e-6, 0),
         number('saved_bytes', 1e-6, 0), number('over_swin', 1, 2), number('over_convnext', 1, 2),
-        number('over_vheat-reference', 1, 2), number('of_roofline', 1, 2),
+        number('over_vheat-reference', 1, 2), number('flops', 1e-9, 2),
+        number('of_roofline', 1, 2),
     ]  # fmt: skip
 
 
@@ -238,8 +240,10 @@ def write_page(page: str, results: list[str]) -> None:
         'table, not between tables. `vheat-reference` has the same weights under `VHEAT_KERNELS=reference`. '
         '"over swin" is the time divided by that of mmdet\'s Swin (window 7) in the same rounds; peak memory is the '
         "device's on CUDA and the growth of the process on the CPU; saved memory is what autograd keeps for backward. "
-        '"of roofline": the time that its products and convolutions take at the rate of a large matrix product (or its '
-        'traffic at that of a copy, if longer), the best measured in the same run, divided by the time taken.',
+        '"GFLOP/img": what products and convolutions of an image take, two a multiply-add; fewer in the fast form '
+        'where large maps are transformed in mirrored halves (`vheat_mm/kernels/mirrored.py`). "of roofline": the time '
+        'that these take at the rate of a large matrix product (or its traffic at that of a copy, if longer), the best '
+        'measured in the same run, divided by the time taken.',
     ]
     for kind, title in (('cpu', 'On a CPU'), ('cuda', 'On a GPU')):
         parts.append(f'## {title}')

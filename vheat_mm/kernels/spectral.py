@@ -22,12 +22,18 @@ from .autograd import once
 # what the C library gives back to the system when it is freed, and takes anew, page by page, for the next block.
 PART_BYTES = 24 << 20
 
-# From this shorter side on, half the products save more time than mirroring costs.
-MIRROR_FROM = {torch.float32: 48, torch.bfloat16: 176}
+# From this sum of sides on, half the products save more time than mirroring costs: products of a position are as many
+# as the sides together are long, and mirroring costs every position the same.
+MIRROR_FROM = {torch.float32: 144, torch.bfloat16: 300}
 
 # What to do with modes (b, h, w, c), in place, given where they belong among all modes (B, H, W, C).
 Place = tuple[slice, slice, slice, slice]
 AtModes = Callable[[Tensor, Place], None]
+
+
+def mirrors(height: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether maps of this size and type are transformed in mirrored halves."""
+    return height + width >= MIRROR_FROM[dtype]
 
 
 def takes_heat_conduction(x: Tensor, decay: Tensor) -> bool:
@@ -100,7 +106,7 @@ def _conduct(x: Tensor, at_modes: AtModes, out: Tensor) -> Tensor:
     """Inverse DCT2 of what ``at_modes`` makes of the DCT2: (B, H, W, C) -> ``out``, which may be ``x``."""
     batch, height, width, channels = x.shape
     every = slice(None)
-    if min(height, width) < MIRROR_FROM[x.dtype]:
+    if not mirrors(height, width, x.dtype):
         for images in _slices(batch, onednn.GROUP_BYTES // (x[0].numel() * x.element_size())):
             modes = _to_modes(x[images])
             at_modes(modes, (images, every, every, every))
