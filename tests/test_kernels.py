@@ -201,6 +201,26 @@ def test_images_in_groups(monkeypatch):
     assert sizes == [3, 3, 1]  # at least 100 rows of 6 x 8
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_norm_on_a_gpu_sees_one_type(dtype, monkeypatch):
+    """CUDA's norm, unlike the CPU's, refuses half precision beside float32 weights, which is what autocast leaves to
+    backward; the meta device, which computes nothing, stands in for a GPU."""
+    seen = []
+    for module, name in ((torch, 'native_layer_norm'), (torch.ops.aten, 'native_layer_norm_backward')):
+        norm = getattr(module, name)
+
+        def watched(*args, norm=norm):
+            seen.append({a.dtype for a in args if isinstance(a, torch.Tensor)})
+            return norm(*args)
+
+        monkeypatch.setattr(module, name, watched)
+    maps = [torch.empty(2, 5, 6, C, dtype=dtype, device='meta', requires_grad=True) for _ in range(2)]
+    norm = nn.LayerNorm(C, device='meta')
+    norm_gate(*maps, norm.weight, norm.bias, norm.eps).sum().backward()
+    assert seen == [{torch.float32}] * 2
+    assert [t.grad.dtype for t in (*maps, norm.weight, norm.bias)] == [dtype, dtype, torch.float32, torch.float32]
+
+
 @pytest.mark.parametrize('arch', [{}, dict(post_norm=True)], ids=['pre_norm', 'post_norm'])
 def test_whole_network(make_vheat, arch):
     model = make_vheat(**arch)

@@ -94,20 +94,16 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def weight_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias of ``x @ weight^T + bias``: grad (M, N), x (M, K) -> (N, K), (N,) in float32."""
     (m, n), k = grad.shape, x.shape[1]
-    bias = grad.sum(0).float()  # in float32 inside, and rounded once
-    if m < max(n, k) or not (grad.dtype is torch.float32 and applies(grad)):
-        return (grad.mT @ x).float(), bias
-    # Of a 1x1 convolution: oneDNN's product reads its second operand by columns, which is slow when both are tall, and
-    # its convolution lays weights out anew, which is slow when these are the larger. The narrower map goes first.
-    first, second = (grad, x) if n <= k else (x, grad)
+    if not (grad.dtype is torch.float32 and applies(grad)):
+        return (grad.mT @ x).float(), grad.sum(0).float()  # in float32 inside, and rounded once
+    # Of a 1x1 convolution: oneDNN's product reads its second operand by columns, which is slow when both are tall.
     side = next(s for s in (64, 32, 16, 8, 4, 2, 1) if m % s == 0)
-    as_map = [t.reshape(1, m // side, side, -1).permute(0, 3, 1, 2) for t in (first, second)]
-    weight = grad.new_empty(min(n, k), max(n, k), 1, 1)
-    _, gradient, _ = torch.ops.aten.convolution_backward(
-        *as_map, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
+    as_map = [t.reshape(1, m // side, side, -1).permute(0, 3, 1, 2) for t in (grad, x)]
+    weight = grad.new_empty(n, k, 1, 1)
+    _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        *as_map, weight, [n], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, True]
     )
-    gradient = gradient.view(min(n, k), max(n, k))
-    return gradient if n <= k else gradient.mT, bias
+    return grad_weight.view(n, k), grad_bias
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, post: str = 'none') -> Tensor:

@@ -104,10 +104,10 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
         return _Mlp.apply(x, weight1, bias1, weight2, bias2, dtype)
     w1, w2 = onednn.prepared(weight1, dtype)[0], onednn.prepared(weight2, dtype)[0]
     b1, b2 = bias1.to(dtype), bias2.to(dtype)
-    out = x.new_empty(*x.shape[:-1], weight2.shape[0], dtype=dtype)
-    for rows, result in onednn.split_rows(x, out):
-        result.copy_(onednn.product(onednn.product(rows.to(dtype), w1, b1, post='gelu'), w2, b2))
-    return out
+    parts = [
+        onednn.product(onednn.product(rows.to(dtype), w1, b1, post='gelu'), w2, b2) for (rows,) in onednn.split_rows(x)
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], weight2.shape[0])
 
 
 class _Mlp(torch.autograd.Function):
@@ -185,8 +185,10 @@ class _NormGate(torch.autograd.Function):
         grad_x, grad_gate = torch.empty_like(x), torch.empty_like(gate)
         totals: list[Tensor] = []
         for rows, gates, grads, result_x, result_gate in onednn.split_rows(x, gate, grad, grad_x, grad_gate):
+            if rows.device.type != 'cpu':  # norms elsewhere take one type, and autocast is off in backward
+                rows, grads = rows.to(weight.dtype), grads.to(weight.dtype)
             normed, mean, rstd = torch.native_layer_norm(rows, weight.shape, weight, bias, ctx.eps)
-            result_gate.copy_(torch.ops.aten.silu_backward(grads * normed, gates))
+            result_gate.copy_(torch.ops.aten.silu_backward((grads * normed).to(gates.dtype), gates))
             of_norm = torch.ops.aten.native_layer_norm_backward(
                 grads * F.silu(gates), rows, weight.shape, mean, rstd, weight, bias, [True, True, True]
             )

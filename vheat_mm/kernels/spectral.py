@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..positionwise import by_position, norm_gate
 from . import mirrored, onednn
 from .autograd import once
 
@@ -48,12 +48,14 @@ def heat_conduction(x: Tensor, decay: Tensor) -> Tensor:
 
 def takes_heat_norm_gate(x: Tensor, gate: Tensor, decay: Tensor, weight: Tensor, bias: Tensor, eps: float) -> bool:
     recorded = onednn.needs_gradient(x, gate, decay, weight, bias)
-    return not recorded and x.is_contiguous() and takes_heat_conduction(x, decay)
+    return not recorded and x.is_contiguous() and gate.dtype is x.dtype and takes_heat_conduction(x, decay)
 
 
 def heat_norm_gate(x: Tensor, gate: Tensor, decay: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     heat = _conduct(x, _damping(decay, x.dtype), out=x)
-    return by_position(lambda gate, heat: norm_gate(heat, gate, weight, bias, eps), gate, heat)
+    for some, gates in onednn.split_rows(heat, gate):
+        torch.mul(F.layer_norm(some, weight.shape, weight, bias, eps), F.silu(gates), out=some)
+    return heat
 
 
 class _HeatConduction(torch.autograd.Function):
