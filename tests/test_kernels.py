@@ -94,6 +94,15 @@ def test_fast_form_is_the_reference_form(name, size, dtype, gradients):
         assert error(a, b) < (ERRORS[dtype] if name != 'decay_map' else 1e-5)
 
 
+@pytest.mark.parametrize('name', ['mlp', 'norm_gate', 'split_linear'])
+def test_training_in_float64_keeps_its_digits(name):
+    step, args = STEPS[name][0], inputs(name, (2, 9, 11), torch.float64)
+    with kernels.use('reference'):
+        exact = run(step, args, gradients=True)
+    found = run(step, args, gradients=True)
+    assert all(a.dtype == torch.float64 and error(a, b) < 1e-13 for a, b in zip(found, exact, strict=True))
+
+
 @pytest.mark.parametrize('dtype', list(ERRORS), ids=str)
 def test_mlp_that_keeps_its_wide_map(dtype, monkeypatch):
     """As those of the wide stages do: one product less in backward, and the same gradients."""
@@ -267,6 +276,20 @@ def saved_bytes(model: nn.Module, image: torch.Tensor) -> int:
         outputs = model(image)
     del outputs
     return sum(seen.values())
+
+
+def test_mlp_keeps_what_its_products_read():
+    """Of a float32 map under autocast, as norms give on a GPU: the half-precision copy alone."""
+    x, *weights = inputs('mlp', (2, 9, 11), torch.float32)
+    x.requires_grad_()
+    kept = []
+    watch = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.shape, t.dtype)) or t, lambda t: t)
+    with watch, torch.autocast('cpu', torch.bfloat16):
+        out = mlp(x, *weights)
+    assert (x.shape, torch.bfloat16) in kept
+    assert (x.shape, torch.float32) not in kept
+    out.sum().backward()
+    assert x.grad.dtype == torch.float32
 
 
 def test_training_keeps_a_third_less(make_vheat):

@@ -92,10 +92,10 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias of ``x @ weight^T + bias``: grad (M, N), x (M, K) -> (N, K), (N,) in float32."""
+    """Gradients of weight and bias of ``x @ weight^T + bias``: grad (M, N), x (M, K) -> (N, K), (N,), widened."""
     (m, n), k = grad.shape, x.shape[1]
     if not (grad.dtype is torch.float32 and applies(grad)):
-        return (grad.mT @ x).float(), grad.sum(0).float()  # in float32 inside, and rounded once
+        return widened(grad.mT @ x), widened(grad.sum(0))  # in float32 inside, and rounded once
     # Of a 1x1 convolution: oneDNN's product reads its second operand by columns, which is slow when both are tall.
     side = next(s for s in (64, 32, 16, 8, 4, 2, 1) if m % s == 0)
     as_map = [t.reshape(1, m // side, side, -1).permute(0, 3, 1, 2) for t in (grad, x)]
@@ -104,6 +104,11 @@ def weight_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         *as_map, weight, [n], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, True]
     )
     return grad_weight.view(n, k), grad_bias
+
+
+def widened(x: Tensor) -> Tensor:
+    """``x`` in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, post: str = 'none') -> Tensor:

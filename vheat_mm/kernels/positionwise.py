@@ -101,7 +101,8 @@ def takes_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2:
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
     dtype = onednn.compute_type(x)
     if onednn.needs_gradient(x, weight1, weight2):
-        return _Mlp.apply(x, weight1, bias1, weight2, bias2, dtype)
+        # Norms give float32 under autocast on a GPU; what is kept is what the products read.
+        return _Mlp.apply(x.to(dtype), weight1, bias1, weight2, bias2)
     w1, w2 = onednn.prepared(weight1, dtype)[0], onednn.prepared(weight2, dtype)[0]
     b1, b2 = bias1.to(dtype), bias2.to(dtype)
     parts = [
@@ -114,9 +115,8 @@ class _Mlp(torch.autograd.Function):
     """Keeps its input, and of two maps four times as wide none, or the one before GELU; backward repeats the rest."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+        dtype = x.dtype
         w1, w2 = weight1.flatten(1).to(dtype), weight2.flatten(1).to(dtype)
         b1, b2 = bias1.to(dtype), bias2.to(dtype)
         keeps = x.device.type == 'cpu' and x.shape[-1] >= KEEP_FROM_WIDTH
@@ -124,7 +124,6 @@ class _Mlp(torch.autograd.Function):
         out = x.new_empty(*x.shape[:-1], w2.shape[0], dtype=dtype)
         with torch.autocast(x.device.type, enabled=False):
             for rows, result in onednn.split_rows(x, out):
-                rows = rows.to(dtype)
                 if onednn.applies(rows) and not keeps:
                     hidden = onednn.product(rows, w1, b1, post='gelu')
                 else:
@@ -134,20 +133,18 @@ class _Mlp(torch.autograd.Function):
                         wide.append(before)
                 result.copy_(onednn.dense(hidden, w2, b2))
         ctx.save_for_backward(x, weight1, bias1, weight2, *wide)
-        ctx.dtype = dtype
         return out
 
     @staticmethod
     @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight1, bias1, weight2, *wide = ctx.saved_tensors
-        dtype = ctx.dtype
+        dtype = x.dtype
         w1, w2, b1 = weight1.flatten(1).to(dtype), weight2.flatten(1).to(dtype), bias1.to(dtype)
         grad_x = torch.empty_like(x)
         totals: list[Tensor] = []
         with torch.autocast(x.device.type, enabled=False):
             for index, (rows, grads, result) in enumerate(onednn.split_rows(x, grad, grad_x)):
-                rows, grads = rows.to(dtype), grads.to(dtype)
                 before = wide[index] if wide else onednn.dense(rows, w1, b1)
                 parts = [*onednn.weight_gradient(grads, F.gelu(before))]
                 grad_before = torch.ops.aten.gelu_backward(onednn.dense(grads, w2.mT), before)
@@ -155,7 +152,7 @@ class _Mlp(torch.autograd.Function):
                 result.copy_(onednn.dense(grad_before, w1.mT))
                 totals = [total.add_(part) for total, part in zip(totals, parts, strict=True)] if totals else parts
         grad_w2, grad_b2, grad_w1, grad_b1 = totals
-        return grad_x, grad_w1.view_as(weight1), grad_b1, grad_w2.view_as(weight2), grad_b2, None
+        return grad_x, grad_w1.view_as(weight1), grad_b1, grad_w2.view_as(weight2), grad_b2
 
 
 def takes_norm_gate(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> bool:
@@ -193,7 +190,7 @@ class _NormGate(torch.autograd.Function):
                 grads * F.silu(gates), rows, weight.shape, mean, rstd, weight, bias, [True, True, True]
             )
             result_x.copy_(of_norm[0])
-            parts = [of_norm[1].float(), of_norm[2].float()]
+            parts = [onednn.widened(of_norm[1]), onednn.widened(of_norm[2])]
             totals = [total.add_(part) for total, part in zip(totals, parts, strict=True)] if totals else parts
         return grad_x, grad_gate, totals[0].to(weight.dtype), totals[1].to(bias.dtype), None
 
