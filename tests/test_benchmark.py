@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vheat_mm import kernels
 from vheat_mm.kernels import spectral
@@ -148,11 +149,16 @@ def test_flops_of_mirrored_maps(monkeypatch, make_vheat):
     assert mirrored_flops(model, 3, (64, 64), torch.float32) == 3 * depth * 2 * (16 + 16) * 16 * 16 * dim
     assert mirrored_flops(model, 1, (60, 68), torch.float32) == depth * 4 * (112 * 17 + 144 * 15) * dim
     assert mirrored_flops(model, 1, (60, 64), torch.float32) == 0
+    model.eval()
     flops, limits = {}, dict(flop_per_s=1.0, bytes_per_s=1.0)
     for form in ('fast', 'reference'):
         with kernels.use(form):
             flops[form] = roofline(model, torch.rand(1, 3, 64, 64), 1.0, limits, 'fp32')['flops']
     assert flops['reference'] - flops['fast'] == depth * 2 * (16 + 16) * 16 * 16 * dim
+    model.decay_cache.clear()
+    with torch.no_grad(), FlopCounterMode(display=False) as first, kernels.use('reference'):
+        model(torch.rand(1, 3, 64, 64))
+    assert flops['reference'] < first.get_total_flops()  # decays are not computed at every image
 
 
 def test_missing_package_is_named(monkeypatch):
