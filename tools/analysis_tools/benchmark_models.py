@@ -9,6 +9,7 @@ from torch import nn
 
 from vheat_mm import VHeat, kernels
 from vheat_mm.compat import ensure_torchvision
+from vheat_mm.freq_embed import grid_sizes
 from vheat_mm.kernels.spectral import mirrors
 
 MODELS = ('vheat', 'vheat-triton', 'vheat-reference', 'swin', 'swin-scaled', 'convnext')
@@ -72,9 +73,8 @@ def minimal_bytes(model: nn.Module, batch: int, size: tuple[int, int], element: 
     could keep on chip.
     """
     total = sum(p.numel() for p in model.parameters()) * element
-    height, width = size
-    for stage, (dim, depth) in enumerate(zip(model.num_features, model.depths, strict=True)):
-        positions = -(-height // (4 << stage)) * -(-width // (4 << stage))
+    for (height, width), dim, depth in zip(grid_sizes(size), model.num_features, model.depths, strict=True):
+        positions = height * width
         total += depth * (4 * batch + 1) * positions * dim * element + batch * positions * dim * element
     return total
 
@@ -82,9 +82,7 @@ def minimal_bytes(model: nn.Module, batch: int, size: tuple[int, int], element: 
 def mirrored_flops(model: nn.Module, batch: int, size: tuple[int, int], dtype: torch.dtype) -> int:
     """FLOPs of the reference form that a forward pass in mirrored halves leaves out, two a multiply-add."""
     saved = 0
-    height, width = size
-    for stage, (dim, depth) in enumerate(zip(model.num_features, model.depths, strict=True)):
-        h, w = -(-height // (4 << stage)), -(-width // (4 << stage))
+    for (h, w), dim, depth in zip(grid_sizes(size), model.num_features, model.depths, strict=True):
         if mirrors(h, w, dtype):
             products = sum((n * n - (n - n // 2) ** 2 - (n // 2) ** 2) * other for n, other in ((h, w), (w, h)))
             saved += depth * batch * 2 * 2 * products * dim

@@ -30,21 +30,22 @@ def conduct(x: Tensor, at_modes: AtModes, out: Tensor) -> None:
     height, width, channels = x.shape
     to_modes, from_modes = _bases(width, x)
     modes = tuple(x.new_empty(height, len(matrix), channels) for matrix in to_modes)
-    rows = _at_a_time(x[0])
+    rows = onednn.slices_at_a_time(x)
     for image, *parts in zip(x.split(rows), *(half.split(rows) for half in modes), strict=True):
         for matrix, folded, part in zip(to_modes, _fold(image, dim=1), parts, strict=True):
             onednn.multiply_each(matrix, folded, out=part)
+    along_h = _bases(height, x)
     for parity, half in enumerate(modes):
-        _conduct_along_h(half, parity, at_modes)
+        _conduct_along_h(half, parity, along_h, at_modes)
     for result, *parts in zip(out.split(rows), *(half.split(rows) for half in modes), strict=True):
         even, odd = (onednn.multiply_each(matrix, part) for matrix, part in zip(from_modes, parts, strict=True))
         _unfold(even, odd, result, dim=1)
 
 
-def _conduct_along_h(half: Tensor, parity: int, at_modes: AtModes) -> None:
+def _conduct_along_h(half: Tensor, parity: int, bases: tuple[Halves, Halves], at_modes: AtModes) -> None:
     """The same along H, in place, of every other mode along W: (H, W / 2, C)."""
-    to_modes, from_modes = _bases(half.shape[0], half)
-    size = _at_a_time(half[:, 0])
+    to_modes, from_modes = bases
+    size = onednn.slices_at_a_time(half.transpose(0, 1))
     for index, part in enumerate(half.split(size, dim=1)):
         first = parity + 2 * size * index
         columns = slice(first, first + 2 * part.shape[1], 2)
@@ -54,11 +55,6 @@ def _conduct_along_h(half: Tensor, parity: int, at_modes: AtModes) -> None:
             at_modes(some, slice(row, None, 2), columns)
             results.append(onednn.product(from_modes[row], some.flatten(1).mT).view(folded.shape))
         _unfold(results[0], results[1], part, dim=0)
-
-
-def _at_a_time(x: Tensor) -> int:
-    """How many of such slices stay in the cache together."""
-    return max(1, onednn.GROUP_BYTES // (x.numel() * x.element_size()))
 
 
 def _bases(n: int, like: Tensor) -> tuple[Halves, Halves]:

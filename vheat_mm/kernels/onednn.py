@@ -78,6 +78,11 @@ def group_rows(x: Tensor) -> int:
     return max(64, GROUP_BYTES // (width * x.element_size()) // 64 * 64)
 
 
+def slices_at_a_time(x: Tensor) -> int:
+    """How many slices of a map along its first dimension make a group of :data:`GROUP_BYTES`, one at least."""
+    return max(1, GROUP_BYTES // (x[0].numel() * x.element_size()))
+
+
 def split_rows(*maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows (M, C) of maps (..., C), a group at a time."""
     size = group_rows(maps[0])

@@ -53,7 +53,7 @@ def by_image(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def _images(x: Tensor) -> int:
     """Images of a batch whose maps stay in the cache together, and are as many rows as a product needs."""
-    return max(1, onednn.GROUP_BYTES // (x[0].numel() * x.element_size()), -(-MIN_ROWS // (x.shape[1] * x.shape[2])))
+    return max(onednn.slices_at_a_time(x), -(-MIN_ROWS // (x.shape[1] * x.shape[2])))
 
 
 def takes_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -121,7 +121,7 @@ class _Mlp(torch.autograd.Function):
         b1, b2 = bias1.to(dtype), bias2.to(dtype)
         keeps = x.device.type == 'cpu' and x.shape[-1] >= KEEP_FROM_WIDTH
         wide: list[Tensor] = []
-        out = x.new_empty(*x.shape[:-1], w2.shape[0], dtype=dtype)
+        out = x.new_empty(*x.shape[:-1], w2.shape[0])
         with torch.autocast(x.device.type, enabled=False):
             for rows, result in onednn.split_rows(x, out):
                 if onednn.applies(rows) and not keeps:
@@ -163,6 +163,13 @@ def norm_gate(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float)
     return _NormGate.apply(x, gate, weight, bias, eps)
 
 
+def write_norm_gate(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> Tensor:
+    """:func:`norm_gate` without gradients into ``out``, which is contiguous and may be ``x``."""
+    for rows, gates, result in onednn.split_rows(x, gate, out):
+        torch.mul(F.layer_norm(rows, weight.shape, weight, bias, eps), F.silu(gates), out=result)
+    return out
+
+
 class _NormGate(torch.autograd.Function):
     """Keeps its two inputs; norm and SiLU are repeated in backward."""
 
@@ -170,10 +177,7 @@ class _NormGate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, gate, weight, bias)
         ctx.eps = eps
-        out = torch.empty_like(x)
-        for rows, gates, result in onednn.split_rows(x, gate, out):
-            torch.mul(F.layer_norm(rows, weight.shape, weight, bias, eps), F.silu(gates), out=result)
-        return out
+        return write_norm_gate(x, gate, weight, bias, eps, torch.empty_like(x))
 
     @staticmethod
     @once

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import mirrored, onednn
 from .autograd import once
+from .positionwise import write_norm_gate
 
 # Modes of a large image are made for some channels at a time, of this many bytes: two halves of them each stay below
 # what the C library gives back to the system when it is freed, and takes anew, page by page, for the next block.
@@ -53,9 +53,7 @@ def takes_heat_norm_gate(x: Tensor, gate: Tensor, decay: Tensor, weight: Tensor,
 
 def heat_norm_gate(x: Tensor, gate: Tensor, decay: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     heat = _conduct(x, _damping(decay, x.dtype), out=x)
-    for some, gates in onednn.split_rows(heat, gate):
-        torch.mul(F.layer_norm(some, weight.shape, weight, bias, eps), F.silu(gates), out=some)
-    return heat
+    return write_norm_gate(heat, gate, weight, bias, eps, out=heat)
 
 
 class _HeatConduction(torch.autograd.Function):
@@ -109,7 +107,7 @@ def _conduct(x: Tensor, at_modes: AtModes, out: Tensor) -> Tensor:
     batch, height, width, channels = x.shape
     every = slice(None)
     if not mirrors(height, width, x.dtype):
-        for images in _slices(batch, onednn.GROUP_BYTES // (x[0].numel() * x.element_size())):
+        for images in _slices(batch, onednn.slices_at_a_time(x)):
             modes = _to_modes(x[images])
             at_modes(modes, (images, every, every, every))
             _from_modes(modes, out[images])
@@ -130,7 +128,6 @@ def _of_image(at_modes: AtModes, image: int, channels: slice) -> mirrored.AtMode
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:
-    step = max(1, step)
     return (slice(first, first + step) for first in range(0, size, step))
 
 
