@@ -94,6 +94,18 @@ def test_fast_form_is_the_reference_form(name, size, dtype, gradients):
         assert error(a, b) < (ERRORS[dtype] if name != 'decay_map' else 1e-5)
 
 
+@pytest.mark.parametrize('name', ['mlp', 'norm_gate', 'split_linear', 'heat_conduction'])
+def test_training_on_maps_of_another_layout(name):
+    """A permuted map is dense, and what is made alike is permuted as well."""
+    step, (x, *rest) = STEPS[name][0], inputs(name, (2, 9, 11), torch.float32)
+    permuted = lambda *args: step(args[0].permute(0, 2, 3, 1), *args[1:])  # noqa: E731
+    args = [x.permute(0, 3, 1, 2).contiguous(), *rest]
+    with kernels.use('reference'):
+        exact = run(permuted, [a.double() if isinstance(a, torch.Tensor) else a for a in args], gradients=True)
+    for a, b in zip(run(permuted, args, gradients=True), exact, strict=True):
+        assert error(a, b) < ERRORS[torch.float32]
+
+
 @pytest.mark.parametrize('name', ['mlp', 'norm_gate', 'split_linear'])
 def test_training_in_float64_keeps_its_digits(name):
     step, args = STEPS[name][0], inputs(name, (2, 9, 11), torch.float64)

@@ -116,6 +116,11 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def empty_rows(like: Tensor) -> Tensor:
+    """A map to fill by :func:`split_rows`: contiguous whatever the layout of ``like``, as rows are then no copies."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, post: str = 'none') -> Tensor:
     """``post(x @ weight^T + bias)`` without gradients: x (M, K), weight (N, K), bias (N,) -> (M, N), all of one type.
 

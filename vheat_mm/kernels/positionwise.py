@@ -141,7 +141,7 @@ class _Mlp(torch.autograd.Function):
         x, weight1, bias1, weight2, *wide = ctx.saved_tensors
         dtype = x.dtype
         w1, w2, b1 = weight1.flatten(1).to(dtype), weight2.flatten(1).to(dtype), bias1.to(dtype)
-        grad_x = torch.empty_like(x)
+        grad_x = onednn.empty_rows(x)
         totals: list[Tensor] = []
         with torch.autocast(x.device.type, enabled=False):
             for index, (rows, grads, result) in enumerate(onednn.split_rows(x, grad, grad_x)):
@@ -177,13 +177,13 @@ class _NormGate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, gate, weight, bias)
         ctx.eps = eps
-        return write_norm_gate(x, gate, weight, bias, eps, torch.empty_like(x))
+        return write_norm_gate(x, gate, weight, bias, eps, onednn.empty_rows(x))
 
     @staticmethod
     @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, weight, bias = ctx.saved_tensors
-        grad_x, grad_gate = torch.empty_like(x), torch.empty_like(gate)
+        grad_x, grad_gate = onednn.empty_rows(x), onednn.empty_rows(gate)
         totals: list[Tensor] = []
         for rows, gates, grads, result_x, result_gate in onednn.split_rows(x, gate, grad, grad_x, grad_gate):
             if rows.device.type != 'cpu':  # norms elsewhere take one type, and autocast is off in backward
