@@ -7,9 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from vheat_mm.checkpoint import CheckpointError
-from vheat_mm.freq_embed import RESIZE_MODES, to_pair
-from vheat_mm.interpolate import check_target, read_size, resize_checkpoint, write_resized
+from vheat_mm.models.resize_weights import check_target, read_size, resize_checkpoint, write_resized
+from vheat_mm.ops.freq_embed import RESIZE_MODES, to_pair
+from vheat_mm.utils.errors import CheckpointError
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

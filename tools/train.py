@@ -10,7 +10,7 @@ except ModuleNotFoundError as error:  # not installed: take the package this fil
         raise
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vheat_mm.launch import leave, run_training
+from vheat_mm.apis.train_test import leave, run_training
 
 if __name__ == '__main__':
     leave(run_training())

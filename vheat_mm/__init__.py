@@ -1,18 +1,15 @@
 """vHeat for OpenMMLab: the heat conduction backbone under any MMEngine config.
 
-Importing registers: ``VHeat`` and the release's spellings as models, this package's hooks, optimizer constructor and
-test-time augmentation, and the classes named in :mod:`vheat_mm.compat` with PyTorch's safe loader. Nothing else
-happens, and only torch and mmengine are needed.
+Importing registers the models, hooks, optimizer wrappers and test-time augmentation of this package with MMEngine,
+and the classes of :mod:`vheat_mm.checkpoint.safe_globals` with PyTorch's safe loader. It needs torch and mmengine only.
 """
 
-from . import hooks as hooks
-from . import layer_decay as layer_decay
-from . import release as release
-from . import tta as tta
-from .compat import register_safe_globals
-from .version import __version__
-from .vheat import VHeat
-from .zoo import create_model, list_models
+from vheat_mm import engine as engine
+from vheat_mm import models as models
+from vheat_mm.apis.model_zoo import create_model, list_models
+from vheat_mm.checkpoint.safe_globals import register_safe_globals
+from vheat_mm.models.vheat import VHeat
+from vheat_mm.version import __version__
 
 register_safe_globals()
 

@@ -20,11 +20,14 @@ from typing import Any
 import torch
 from mmengine.runner import load_checkpoint
 
-from vheat_mm import VHeat, pickle_check
-from vheat_mm.archive import CheckpointError, verify_file
-from vheat_mm.checkpoint import find_weights, read_checkpoint
-from vheat_mm.launch import safe_io
-from vheat_mm.pretrained import load_pretrained
+from vheat_mm import VHeat
+from vheat_mm.checkpoint.io import pickle_inspector as pickle_check
+from vheat_mm.checkpoint.io import read_checkpoint
+from vheat_mm.checkpoint.verify import verify_file
+from vheat_mm.engine import fileio as safe_io
+from vheat_mm.models.load_weights import load_pretrained
+from vheat_mm.models.weights import find_weights
+from vheat_mm.utils.errors import CheckpointError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import interpolate4downstream

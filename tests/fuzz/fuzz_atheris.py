@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=['vheat_mm']):
     from fuzz.drive import Loaders, Watch, limit_memory, measure
     from fuzz.hostile_files import records_of, write_zip
 
-    from vheat_mm import pickle_check
+    from vheat_mm.checkpoint.io import pickle_inspector as pickle_check
 
 FORMS = ('file', 'zip', 'stream', 'safetensors')
 

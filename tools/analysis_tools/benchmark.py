@@ -32,7 +32,7 @@ from benchmark_report import describe_run, print_table, write_page, write_result
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from vheat_mm import kernels
+from vheat_mm.ops import registry as kernels
 
 SQUARES = ('224', '256', '384', '512', '640', '768', '1024', '1280')
 PRESETS = {

@@ -7,10 +7,11 @@ import contextlib
 import torch
 from torch import nn
 
-from vheat_mm import VHeat, kernels
-from vheat_mm.compat import ensure_torchvision
-from vheat_mm.freq_embed import grid_sizes
-from vheat_mm.kernels.spectral import mirrors
+from vheat_mm import VHeat
+from vheat_mm.ops import registry as kernels
+from vheat_mm.ops.eager.spectral import mirrors
+from vheat_mm.ops.freq_embed import grid_sizes
+from vheat_mm.utils.torchvision import ensure_torchvision
 
 MODELS = ('vheat', 'vheat-triton', 'vheat-reference', 'swin', 'swin-scaled', 'convnext')
 ARCHS = ('tiny', 'small', 'base')

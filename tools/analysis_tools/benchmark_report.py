@@ -23,8 +23,9 @@ from benchmark_models import WINDOW_RULES
 from rich.console import Console
 from rich.table import Table
 
-from vheat_mm import __version__, kernels
-from vheat_mm.checkpoint import atomic_file
+from vheat_mm import __version__
+from vheat_mm.checkpoint.io import atomic_file
+from vheat_mm.ops import registry as kernels
 
 PACKAGES = ('torch', 'triton', 'mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'numpy')
 COLORS = {
@@ -240,8 +241,8 @@ def write_page(page: str, results: list[str]) -> None:
         '"over swin" is the time divided by that of mmdet\'s Swin (window 7) in the same rounds; peak memory is the '
         "device's on CUDA and the growth of the process on the CPU; saved memory is what autograd keeps for backward. "
         '"GFLOP/img": what products and convolutions of an image take, two a multiply-add; fewer in the fast form '
-        'where large maps are transformed in mirrored halves (`vheat_mm/kernels/mirrored.py`). "of roofline": the time '
-        'that these take at the rate of a large matrix product (or its traffic at that of a copy, if longer), the best '
+        'where large maps are transformed in mirrored halves (`vheat_mm/ops/eager/mirrored.py`). "of roofline": the '
+        'time that these take at the rate of a large matrix product (or its traffic at that of a copy, if longer), the best '
         'measured in the same run, divided by the time taken.',
     ]
     for kind, title in (('cpu', 'On a CPU'), ('cuda', 'On a GPU')):

@@ -29,9 +29,10 @@ from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 from tqdm import tqdm
 
-from vheat_mm.checkpoint import atomic_file
-from vheat_mm.compat import ensure_torchvision
-from vheat_mm.launch.errors import ToolError, run_reporting_errors
+from vheat_mm.apis.errors import run_reporting_errors
+from vheat_mm.checkpoint.io import atomic_file
+from vheat_mm.utils.errors import ToolError
+from vheat_mm.utils.torchvision import ensure_torchvision
 
 REPO = Path(__file__).resolve().parents[2]
 TASKS = dict(classification='mmpretrain', detection='mmdet', segmentation='mmseg')

@@ -36,8 +36,9 @@ except ModuleNotFoundError as error:  # not installed: take the package that thi
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vheat_mm import VHeat
-from vheat_mm.launch.config import make_parser, read_config
-from vheat_mm.launch.errors import ToolError, run_reporting_errors
+from vheat_mm.apis.config import make_parser, read_config
+from vheat_mm.apis.errors import run_reporting_errors
+from vheat_mm.utils.errors import ToolError
 
 # What the published tables count at, by task: (height, width).
 SHAPES = dict(mmdet=(800, 1280), mmseg=(512, 2048), mmpretrain=(224, 224))

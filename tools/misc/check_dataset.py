@@ -22,12 +22,13 @@ except ModuleNotFoundError as error:  # not installed: take the package that thi
         raise
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from vheat_mm.checkpoint import atomic_file
-from vheat_mm.launch.config import add_config_arguments, read_config
-from vheat_mm.launch.distributed import available_cores
-from vheat_mm.launch.errors import ToolError, run_reporting_errors
-from vheat_mm.preflight.check import check_datasets
-from vheat_mm.preflight.datasets import SPLITS
+from vheat_mm.apis.config import add_config_arguments, read_config
+from vheat_mm.apis.errors import run_reporting_errors
+from vheat_mm.checkpoint.io import atomic_file
+from vheat_mm.datasets.checks.check import check_datasets
+from vheat_mm.datasets.checks.datasets import SPLITS
+from vheat_mm.engine.runner.distributed import available_cores
+from vheat_mm.utils.errors import ToolError
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -42,10 +42,10 @@ from demo import child_environment, fresh_folder
 from make_demo_data import make_demo_data
 
 from vheat_mm import VHeat
-from vheat_mm.archive import verify_file
-from vheat_mm.checkpoint import CheckpointError, read_checkpoint
-from vheat_mm.hooks.stop_signal import REQUEUE
-from vheat_mm.resume import find_newest
+from vheat_mm.checkpoint.io import read_checkpoint
+from vheat_mm.checkpoint.resume import find_newest
+from vheat_mm.checkpoint.verify import verify_file
+from vheat_mm.utils.errors import REQUEUE, CheckpointError
 
 REPO = Path(__file__).resolve().parents[2]
 TRAINS = b'Checkpoints will be saved'  # what MMEngine logs before the first iteration

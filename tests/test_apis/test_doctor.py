@@ -1,0 +1,114 @@
+"""The doctor: honest about what is broken, never broken itself."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vheat_mm.apis import doctor
+
+REPO = Path(doctor.__file__).parents[1]
+
+
+def run_doctor(*command, cwd, **environment):
+    result = subprocess.run(
+        [sys.executable, *command, '--json'],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert 'Traceback' not in result.stderr
+    report = json.loads(result.stdout)
+    return result.returncode, {row['name']: row for row in report['rows']}, report
+
+
+def test_this_environment(tmp_path):
+    status, rows, report = run_doctor('-m', 'vheat_mm.doctor', cwd=tmp_path, PYTHONPATH=str(REPO))
+    assert list(rows) == list(doctor.CHECKS)
+    assert (status, report['core_works']) == (0, True)
+    assert {rows[name]['status'] for name in doctor.CORE} <= {'ok', 'warn'}
+    assert rows['safe torch.load']['status'] == 'ok'
+    assert not any(row['remedy'] for row in rows.values() if row['status'] == 'ok')
+    assert all(row['remedy'] for row in rows.values() if row['status'] != 'ok')
+
+
+def test_broken_torch_is_a_row_not_a_traceback(tmp_path):
+    (tmp_path / 'torch').mkdir()
+    (tmp_path / 'torch' / '__init__.py').write_text("raise OSError('libtorch.so: cannot open')")
+    # The package imports torch at its top, so it is the file that is run here.
+    status, rows, _ = run_doctor(doctor.__file__, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert status == 1
+    assert rows['PyTorch']['status'] == 'broken'
+    assert 'libtorch.so: cannot open' in rows['PyTorch']['found']
+    assert rows['VHeat']['status'] == 'broken'
+
+
+def test_absent_library_is_missing_and_does_not_decide(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'mmdet', None)
+    (row,) = doctor.examine({'mmdet': doctor.CHECKS['mmdet']})
+    assert (row.status, 'pip install mmdet==' in row.remedy) == ('missing', True)
+    assert doctor.core_works([row])
+
+
+def test_import_that_exits_is_broken(tmp_path, monkeypatch):
+    (tmp_path / 'leaves_early.py').write_text('import sys; print("noise"); sys.exit(3)')
+    monkeypatch.syspath_prepend(tmp_path)
+    (row,) = doctor.examine({'x': lambda: doctor.check_optional('leaves_early', 'for a test')})
+    assert (row.status, row.found) == ('broken', 'for a test: SystemExit: 3')
+
+
+def test_mmcv_compiled_for_another_torch(monkeypatch):
+    load = doctor.load
+
+    def fail(name):
+        if name == 'mmcv.ops':
+            raise doctor.ImportFailedError(name, ImportError('_ext.so: undefined symbol: _ZN3c10'))
+        return load(name)
+
+    monkeypatch.setattr(doctor, 'load', fail)
+    monkeypatch.setattr(doctor, 'distribution_version', lambda name: '2.1.0')
+    row = doctor.check_mmcv_ops()
+    assert row.status == 'broken'
+    assert row.found.startswith('compiled for another torch')
+    assert 'build_mmcv.sh' in row.remedy
+
+
+def test_two_opencv_wheels(monkeypatch):
+    pytest.importorskip('cv2')
+    both = {'opencv-python', 'opencv-python-headless'}
+    monkeypatch.setattr(doctor, 'distribution_version', lambda n: '1.0' if n in both else '')
+    row = doctor.check_cv2()
+    assert row.status == 'warn'
+    assert 'pip uninstall -y opencv-python opencv-python-headless' in row.remedy
+
+
+@pytest.mark.parametrize(
+    ('package', 'version', 'fault'),
+    [
+        ('mmcv', '2.1.0', ''),
+        ('mmcv', '2.2.0', 'not below 2.2.0'),
+        ('mmcv', '1.7.2', 'older than 2.0.0'),
+        ('torch', '2.13.0+cpu', ''),
+        ('torch', '1.13.1', 'older than 2.1'),
+        ('mmengine', '0.10.10', ''),
+    ],
+)
+def test_version_ranges(package, version, fault):
+    assert doctor.range_fault(package, version) == fault
+
+
+def test_core_failure_decides_the_exit_status(monkeypatch, capsys):
+    def fails():
+        raise RuntimeError('first line\nsecond line')
+
+    rows = doctor.examine({'VHeat': fails})
+    monkeypatch.setattr(doctor, 'examine', lambda: rows)
+    assert doctor.main([]) == 1
+    text = capsys.readouterr().out
+    assert 'broken   VHeat  RuntimeError: first line' in text
+    assert 'second line' not in text

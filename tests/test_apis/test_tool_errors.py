@@ -1,0 +1,232 @@
+"""The tools where something is wrong: one message, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from corrupt_data import make_biting_ade, make_biting_coco, make_biting_folder
+from tool_runs import (
+    TOOLS,
+    assert_message,
+    in_process,
+    kill_after,
+    run,
+    weights,
+    write_config,
+)
+
+from vheat_mm.apis.train_test import run_testing, run_training
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (['model.backbone.img_size=31'], ['img_size', '31', '32']),
+        (['model.backbone.arch=huge'], ['huge', 'tiny']),
+        (['model.backbone.window_size=7'], ['window_size']),
+        (['model.backbone.out_indices=(0,1,2,4)'], ['out_indices', '4']),
+        (['model.roi_head.bbox_head.num_classes=1'], ['2 classes', 'model.roi_head.bbox_head.num_classes=1']),
+        (["val_dataloader.dataset.metainfo.classes=('disc','box')"], ['coco.json', 'order', '[box, disc]']),
+        (["train_dataloader.dataset.metainfo.classes=('box','cone')"], ['coco.json', 'cone']),
+        (['train_dataloader.dataset.ann_file=none.json'], ['none.json']),
+        (['load_from=none.pth'], ["'none.pth'"]),
+        (['default_scope=mmfoo'], ['mmfoo', 'mmdet']),
+        (['optim_wrapper=None'], ['optim_wrapper']),
+    ],
+)
+def test_bad_settings(tmp_path, data, monkeypatch, capfd, options, words):
+    pytest.importorskip('mmdet')
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path, 'detection', data)
+    message = in_process(capfd, run_training, 'detection.py', '--cfg-options', *options)
+    for word in words:
+        assert word in message
+
+
+def test_bad_category_id(tmp_path, data, monkeypatch, capfd):
+    pytest.importorskip('mmdet')
+    monkeypatch.chdir(tmp_path)
+    content = json.loads((data / 'coco.json').read_text())
+    content['annotations'][4]['category_id'] = 9
+    (tmp_path / 'bad.json').write_text(json.dumps(content))
+    write_config(tmp_path, 'detection', data)
+    option = f'train_dataloader.dataset.ann_file={tmp_path}/bad.json'
+    message = in_process(capfd, run_training, 'detection.py', '--cfg-options', option)
+    assert 'annotation 5 of image 2 has category_id=9' in message
+
+
+@pytest.mark.parametrize(
+    ('text', 'words'),
+    [
+        (None, ['bad.py', 'working directory']),
+        ('model = dict(\n', ['bad.py', 'SyntaxError']),
+        ("_base_ = 'nowhere.py'\n", ['bad.py', 'nowhere.py']),
+        ("custom_imports = dict(imports=['no_such_module'])\n", ['bad.py', 'no_such_module']),
+        ("default_scope = 'mmdet'\n", ['bad.py', 'model']),
+    ],
+)
+def test_bad_config(tmp_path, monkeypatch, capfd, text, words):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / 'bad.py').write_text(text)
+    message = in_process(capfd, run_training, 'bad.py')
+    for word in words:
+        assert word in message
+
+
+def test_bad_checkpoint(detector, segmentor, monkeypatch, capfd):
+    """Missing, truncated, of code, of another width, of another task, without training state; for all uses."""
+    monkeypatch.chdir(detector)
+    good = (detector / 'run' / 'epoch_2.pth').read_bytes()
+    Path('truncated.pth').write_bytes(good[: len(good) // 2])
+    Path('code.pth').write_bytes(pickle.dumps(dict(state_dict=Exploit())))
+    torch.save(dict(state_dict=weights(Path('run/epoch_2.pth'))), 'weights.pth')
+    uses = (run_testing, []), (run_training, ['--resume'])
+    for name, word in (('none.pth', 'none.pth'), ('truncated.pth', 'truncated'), ('code.pth', 'touch')):
+        for tool, flag in uses:
+            message = in_process(capfd, tool, 'detection.py', *flag, name)
+            assert name in message
+            assert word in message or 'code' in message
+    assert not Path('touched').exists()
+    assert 'training state' in in_process(capfd, run_training, 'detection.py', '--resume', 'weights.pth')
+    wider = ['--cfg-options', 'model.backbone.arch.embed_dims=16', 'model.neck.in_channels=[16,32,64,128]']
+    message = in_process(capfd, run_testing, 'detection.py', 'run/epoch_2.pth', *wider)
+    assert 'width 8' in message
+    assert 'width 16' in message
+    other_task = segmentor / 'run' / 'iter_4.pth'
+    assert 'decode_head' in in_process(capfd, run_testing, 'detection.py', other_task)
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.system, ('touch touched',)
+
+
+def test_flags_that_do_not_fit(detector, segmentor, monkeypatch, capfd):
+    monkeypatch.chdir(detector)
+    test = ('detection.py', 'run/epoch_2.pth')
+    assert '.pkl' in in_process(capfd, run_testing, *test, '--out', 'results.json')
+    monkeypatch.delenv('DISPLAY', raising=False)
+    monkeypatch.delenv('WAYLAND_DISPLAY', raising=False)
+    assert '--show-dir' in in_process(capfd, run_testing, *test, '--show')
+    assert 'dist_' in in_process(capfd, run_testing, *test, '--launcher', 'pytorch')
+    no_base = ['--auto-scale-lr', '--cfg-options', 'auto_scale_lr=None']
+    assert 'base_batch_size' in in_process(capfd, run_training, 'detection.py', *no_base)
+    assert 'no tta_pipeline' in in_process(
+        *(capfd, run_testing, segmentor / 'segmentation.py', segmentor / 'run' / 'iter_4.pth', '--tta'),
+        *('--cfg-options', 'tta_pipeline=None'),
+    )
+    with pytest.raises(SystemExit, match='2'):
+        run_training(['detection.py', '--cfg-options', 'model.backbone.img_size'])
+    assert 'KEY=VALUE' in capfd.readouterr().err
+
+
+def test_full_disk_leaves_earlier_checkpoints(classifier):
+    """A file limit stands for the full disk: the first checkpoint fits, the larger second one does not."""
+    killed = kill_after(classifier / 'work_dirs' / 'classification', 'epoch_1.pth', classifier / 'full')
+    before = (killed / 'epoch_1.pth').read_bytes()
+    limit = len(before) // 2048  # ulimit counts KiB
+    command = f'ulimit -f {limit} && "$PYTHON" "{TOOLS}/train.py" classification.py --work-dir full --resume'
+    done = run('bash', '-c', command, cwd=classifier, check=False)
+    assert_message(done, 'epoch_2.pth', 'too large')
+    assert (killed / 'epoch_1.pth').read_bytes() == before
+    assert [path.name for path in killed.glob('*epoch*')] == ['epoch_1.pth']
+
+
+def test_failure_of_many_processes_is_told_once(tmp_path):
+    done = run(TOOLS / 'dist_train.sh', 'none.py', 3, cwd=tmp_path, check=False)
+    assert_message(done, 'none.py')
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(('value', 'where', 'status'), [('7', '3.png', 0), ('-1', '.png', 2)])
+def test_labels_outside_num_classes(tmp_path, data, value, where, status):
+    """One image with such a label is left out, whichever process and worker loads it; all of them end the run."""
+    pytest.importorskip('mmdet')
+    write_config(tmp_path, 'detection', data)
+    code = f"""
+from mmengine.registry import TRANSFORMS
+@TRANSFORMS.register_module()
+class Mislabel:
+    def __call__(self, results):
+        if results['img_path'].endswith({where!r}):
+            results['gt_bboxes_labels'][:] = {value}
+        return results
+"""
+    (tmp_path / 'mislabel.py').write_text(code)
+    text = (tmp_path / 'detection.py').read_text()
+    text = text.replace("dict(type='PackDetInputs'),", "dict(type='mmengine.Mislabel'), dict(type='PackDetInputs'),")
+    text += "\ncustom_imports = dict(imports=['vheat_mm', 'mislabel'], allow_failed_imports=False)\n"
+    (tmp_path / 'detection.py').write_text(text)
+    done = run(TOOLS / 'dist_train.sh', 'detection.py', 2, cwd=tmp_path, check=False, PYTHONPATH=str(tmp_path))
+    if status:
+        assert done.returncode == 2
+        assert 'Traceback' not in done.stderr
+        messages = re.findall(r'^error: .*$', done.stderr, flags=re.MULTILINE)
+        assert messages  # of each process that met ten of its own before the other ended
+        for word in ('10 samples in a row', f'label {value} ', 'num_classes=2', 'check_dataset.py'):
+            assert all(word in message for message in messages)
+        return
+    assert done.returncode == 0
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if 'is left out' in line]
+    assert len(lines) >= 2  # once an epoch, and where it is drawn to replace itself
+    assert all(f'{where}) is left out' in line and f'label {value} ' in line for line in lines)
+
+
+BITING = {
+    'detection': """
+bad = dict(data_root={root!r}, ann_file='annotations/images.json', data_prefix=dict(img='images/'))
+val_evaluator = dict(ann_file={root!r} + '/annotations/images.json')
+train_cfg = dict(max_epochs=2, val_interval=1)
+""",
+    'segmentation': """
+bad = dict(
+    data_root={root!r}, ann_file='splits/all.txt', img_suffix='.jpg',
+    data_prefix=dict(img_path='images', seg_map_path='annotations'))
+train_cfg = dict(max_iters=16, val_interval=8)
+""",
+    'classification': """
+bad = dict(data_root={root!r}, ann_file='meta/all.txt', data_prefix='train', classes=('box', 'disc'))
+train_cfg = dict(max_epochs=2, val_interval=1)
+""",
+}
+
+
+@pytest.mark.parametrize('task', BITING)
+def test_broken_samples_end_neither_training_nor_validation(tmp_path, data, task):
+    """Every fault of images and label maps at once, in the data of both: left out by path."""
+    pytest.importorskip(dict(detection='mmdet', segmentation='mmseg', classification='mmpretrain')[task])
+    make = dict(detection=make_biting_coco, segmentation=make_biting_ade, classification=make_biting_folder)[task]
+    make(tmp_path / 'bad')
+    extra = BITING[task].replace('{root!r}', repr(str(tmp_path / 'bad')))
+    extra += "train_dataloader['dataset'].update(bad)\nval_dataloader['dataset'].update(bad)\n"
+    if task == 'segmentation':
+        extra += "train_pipeline.insert(2, dict(type='Resize', scale=(64, 64)))\n"
+        extra += "test_pipeline.insert(1, dict(type='Resize', scale=(64, 64)))\n"
+    if task == 'classification':
+        extra += "pipeline[1:1] = [dict(type='Resize', scale=64), dict(type='CenterCrop', crop_size=64)]\n"
+    write_config(tmp_path, task, data, extra)
+    done = run(TOOLS / 'train.py', f'{task}.py', '--work-dir', 'run', cwd=tmp_path)
+    lines = [line for line in done.stdout.splitlines() if 'is left out, another takes its place' in line]
+    named = {Path(found.group(1)).stem for line in lines if (found := re.search(r'\((/.*?)\) is left out', line))}
+    always = {'missing', 'zero_bytes', 'no_image', 'truncated_png', 'damaged_png', 'bomb'}
+    if task == 'segmentation':
+        always |= {
+            'map_missing',
+            'map_zero_bytes',
+            'map_no_image',
+            'map_truncated',
+            'map_value_too_high',
+            'map_other_size',
+        }
+    assert always <= named
+    assert not named & {'good_0', 'good_1', 'good_2', 'good_3', 'cmyk', 'grayscale', 'sixteen_bit', 'palette', 'alpha'}
+    # Fault by fault: validation reads each once, in order; training in passes.
+    assert lines
+    assert all(len(line) < 800 for line in lines)

@@ -1,0 +1,256 @@
+"""Every published config parses, builds, has the release's keys and the recipe's settings, and takes a step."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+
+from vheat_mm.utils.torchvision import ensure_torchvision
+
+mmdet = pytest.importorskip('mmdet')
+mmseg = pytest.importorskip('mmseg')
+ensure_torchvision()
+mmpretrain = pytest.importorskip('mmpretrain')
+
+ROOT = Path(__file__).parents[2] / 'configs'
+DATA = Path(__file__).parents[1] / 'data'
+# config -> (arch, drop path, images per GPU), as in the published recipes
+RECIPES = {
+    'detection/mask-rcnn_vheat-t_fpn_1x_coco.py': ('tiny', 0.1, 2),
+    'detection/mask-rcnn_vheat-s_fpn_1x_coco.py': ('small', 0.3, 2),
+    'detection/mask-rcnn_vheat-b_fpn_1x_coco.py': ('base', 0.5, 2),
+    'detection/mask-rcnn_vheat-t_fpn_ms-crop-3x_coco.py': ('tiny', 0.2, 2),
+    'detection/mask-rcnn_vheat-s_fpn_ms-crop-3x_coco.py': ('small', 0.4, 2),
+    'segmentation/vheat-t_upernet_8xb2-160k_ade20k-512x512.py': ('tiny', 0.3, 2),
+    'segmentation/vheat-s_upernet_8xb2-160k_ade20k-512x512.py': ('small', 0.4, 2),
+    'segmentation/vheat-b_upernet_8xb2-160k_ade20k-512x512.py': ('base', 0.5, 2),
+    'classification/vheat-t_16xb128_in1k.py': ('tiny', 0.1, 128),
+    'classification/vheat-s_16xb128_in1k.py': ('small', 0.3, 128),
+    'classification/vheat-b_16xb128_in1k.py': ('base', 0.5, 128),
+}
+# Swin's configs, each with the vHeat config from which it differs in the backbone only
+BASELINES = {
+    f'{task}/{name.format(f"swin-{size}")}.py': f'{task}/{name.format(f"vheat-{size}")}.py'
+    for task, name in (
+        ('detection', 'mask-rcnn_{}_fpn_1x_coco'),
+        ('segmentation', '{}_upernet_8xb2-160k_ade20k-512x512'),
+    )
+    for size in 'tsb'
+}
+# Plain variables that came with the bases: once a config is read, nothing looks at them.
+VARIABLES = {'vheat', 'pretrained', 'checkpoint', 'checkpoint_file'}
+# Swin's rules in the paramwise_cfg that ours inherit; vHeat has no such parameters.
+RULES_OF_SWIN = {'absolute_pos_embed', 'relative_position_bias_table'}
+SWIN = {
+    'detection': 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
+    'segmentation': 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
+    'classification': 'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py',
+}
+
+
+pytestmark = pytest.mark.usefixtures('own_scope')
+
+
+def load(name: str) -> Config:
+    cfg = Config.fromfile(ROOT / name)
+    init_default_scope(cfg.default_scope)
+    return cfg
+
+
+def task(name: str) -> str:
+    return name.split('/')[0]
+
+
+def test_every_leaf_config_is_in_the_table():
+    leaves = {str(p.relative_to(ROOT)) for t in SWIN for p in (ROOT / t).glob('*.py')}
+    from test_heads import HEADS  # which takes this file's tools
+
+    assert leaves == set(RECIPES) | set(BASELINES) | set(HEADS)
+
+
+@pytest.mark.parametrize('name', BASELINES)
+def test_baseline_differs_in_the_backbone_only(name):
+    baseline, ours = (load(config).to_dict() for config in (name, BASELINES[name]))
+    swin, vheat = (cfg['model'].pop('backbone') for cfg in (baseline, ours))
+    assert (swin['type'], vheat['type']) == ('SwinTransformer', 'VHeat')
+    for cfg in (baseline, ours):
+        for variable in VARIABLES:
+            cfg.pop(variable, None)
+    assert baseline.keys() == ours.keys()
+    for key, value in baseline.items():
+        assert value == ours[key], key
+
+
+@pytest.mark.parametrize('name', BASELINES)
+def test_baseline_is_swin_as_published(name):
+    """Size, weights and stochastic depth; outputs as wide as the head expects."""
+    cfg = load(name)
+    assert len((ROOT / name).read_text().splitlines()) <= 15
+    backbone = cfg.model.backbone
+    size = dict(tiny=('tiny', 96, 6), small=('small', 96, 18), base=('base', 128, 18))[RECIPES[BASELINES[name]][0]]
+    assert f'swin_{size[0]}_patch4_window7_224' in backbone.init_cfg.checkpoint
+    assert (backbone.embed_dims, backbone.depths, backbone.window_size) == (size[1], [2, 2, size[2], 2], 7)
+    assert backbone.drop_path_rate == (0.3 if task(name) == 'segmentation' or size[0] == 'base' else 0.2)
+    head = cfg.model.neck if task(name) == 'detection' else cfg.model.decode_head
+    assert head.in_channels == MODELS.build(backbone).num_features
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipe(name):
+    arch, drop_path, batch = RECIPES[name]
+    cfg = load(name)
+    assert len((ROOT / name).read_text().splitlines()) <= 25
+    assert cfg.custom_imports == dict(imports=['vheat_mm'], allow_failed_imports=False)
+    assert (cfg.model.backbone.type, cfg.model.backbone.arch) == ('VHeat', arch)
+    assert cfg.model.backbone.drop_path_rate == drop_path
+    assert cfg.train_dataloader.batch_size == batch
+    optimizer = cfg.optim_wrapper.optimizer
+    if task(name) == 'detection':
+        epochs = 36 if '3x' in name else 12
+        milestones = [27, 33] if '3x' in name else [8, 11]
+        assert cfg.train_cfg.max_epochs == epochs
+        assert cfg.param_scheduler[0].end == 1000
+        assert cfg.param_scheduler[1].milestones == milestones
+        assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-4, 0.05)
+        assert cfg.model.backbone.img_size == 512
+        assert ('RandomCrop' in str(cfg.train_dataloader)) == ('3x' in name)
+        assert cfg.auto_scale_lr.base_batch_size == 16
+    elif task(name) == 'segmentation':
+        assert cfg.train_cfg.max_iters == 160000
+        assert [s.type for s in cfg.param_scheduler] == ['LinearLR', 'PolyLR']
+        assert cfg.param_scheduler[0].end == 1500
+        assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 6e-5, 0.01)
+        assert cfg.model.test_cfg == dict(mode='slide', crop_size=(512, 512), stride=(341, 341))
+        assert cfg.model.backbone.img_size == 512
+        assert cfg.tta_model.type == 'SegTTAModel'
+    else:
+        assert cfg.train_cfg.max_epochs == 300
+        assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 2e-3, 0.08)
+        warmup, cosine = cfg.param_scheduler
+        assert (warmup.end, cosine.type, cosine.eta_min) == (20, 'CosineAnnealingLR', pytest.approx(2e-5))
+        assert cfg.optim_wrapper.clip_grad.max_norm == 5.0
+        assert cfg.model.head.loss.label_smooth_val == 0.1
+        assert {a.type: a.alpha for a in cfg.model.train_cfg.augments} == dict(Mixup=0.8, CutMix=1.0)
+        ema = [hook for hook in cfg.custom_hooks if hook.type == 'EMAHook']
+        assert len(ema) == 1
+        assert ema[0].momentum == pytest.approx(1e-4)
+        assert cfg.auto_scale_lr.base_batch_size == 16 * 128
+
+
+@cache
+def swin_head_keys(task_name: str) -> set[str]:
+    keys = MODELS.build(get_config(SWIN[task_name]).model).state_dict()
+    return {key for key in keys if not key.startswith('backbone.')}
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_state_dict_and_weight_decay_groups(name):
+    """Keys and shapes are the release's, which had the Swin baseline's heads; each rule of ours finds parameters."""
+    cfg = load(name)
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    released = json.loads((DATA / f'state_dict_{RECIPES[name][0]}.json').read_text())
+    if task(name) == 'classification':
+        spelled = {'outnorm3': 'classifier.0', 'head.fc': 'classifier.3'}
+        ours = {key.removeprefix('backbone.'): value for key, value in shapes.items()}
+        for mine, theirs in spelled.items():
+            ours = {key.replace(mine, theirs): value for key, value in ours.items()}
+        assert ours == released['classifier_224']
+    else:
+        backbone = {k.removeprefix('backbone.'): v for k, v in shapes.items() if k.startswith('backbone.')}
+        assert backbone == released['backbone_512']
+    heads = {key for key in shapes if not key.startswith('backbone.')}
+    assert heads == swin_head_keys(task(name))
+
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    decays = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
+    default = cfg.optim_wrapper.optimizer.weight_decay
+    for key, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        free = parameter.ndim == 1 if task(name) == 'classification' else 'norm' in key
+        assert decays[id(parameter)] == (0 if free else default), key
+    rules = cfg.optim_wrapper.paramwise_cfg.get('custom_keys', {})
+    unused = {key for key in rules if not any(key in parameter for parameter, _ in model.named_parameters())}
+    assert unused == (set() if task(name) == 'classification' else RULES_OF_SWIN)
+
+
+def shrink(cfg: Config) -> None:
+    """The same model at width 8 and one block per stage."""
+    arch, dims = cfg.model.backbone.arch, [8, 16, 32, 64]
+    cfg.model.backbone.update(
+        arch=dict(
+            embed_dims=8,
+            depths=(1, 1, 1, 1),
+            post_norm=arch != 'tiny',
+            layer_scale=None if arch == 'tiny' else 1e-5,
+        ),
+        init_cfg=None,
+    )
+    if 'neck' in cfg.model and 'in_channels' in cfg.model.neck:
+        cfg.model.neck.in_channels = dims
+    if 'decode_head' in cfg.model:
+        cfg.model.decode_head.update(in_channels=dims, channels=16)
+        cfg.model.auxiliary_head.update(in_channels=32, channels=16)
+        for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
+            head.norm_cfg = dict(type='BN')
+    if task_of(cfg) == 'classification':
+        cfg.model.head.in_channels = 64
+
+
+def task_of(cfg: Config) -> str:
+    return dict(mmdet='detection', mmseg='segmentation', mmpretrain='classification')[cfg.default_scope]
+
+
+def batch_for(cfg: Config) -> dict:
+    if cfg.default_scope == 'mmdet':
+        from mmdet.testing import demo_mm_inputs
+
+        return demo_mm_inputs(2, [[3, 64, 96], [3, 96, 64]], num_classes=80, with_mask=True)
+    if cfg.default_scope == 'mmseg':
+        from mmengine.structures import PixelData
+        from mmseg.structures import SegDataSample
+
+        samples = [
+            SegDataSample(
+                gt_sem_seg=PixelData(data=torch.randint(0, 150, (1, 64, 64))),
+                metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64)),
+            )
+            for _ in range(2)
+        ]
+    else:
+        from mmpretrain.structures import DataSample
+
+        samples = [DataSample().set_gt_label(label) for label in (3, 7)]
+    images = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
+    return dict(inputs=list(images) if cfg.default_scope == 'mmseg' else images, data_samples=samples)
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_takes_a_step(name):
+    torch.manual_seed(0)
+    cfg = load(name)
+    shrink(cfg)
+    cfg.model.setdefault('data_preprocessor', cfg.get('data_preprocessor'))  # as the Runner does
+    if cfg.default_scope == 'mmseg':
+        cfg.model.data_preprocessor.size = (64, 64)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    optim = build_optim_wrapper(model, cfg.optim_wrapper)
+    optim.optimizer.param_groups[0]['lr'] = 1e-4
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.train()
+    losses = model.train_step(batch_for(cfg), optim)
+    assert all(torch.isfinite(value).all() for value in losses.values())
+    still = [k for k, p in model.named_parameters() if p.requires_grad and torch.equal(before[k], p)]
+    assert not [key for key in still if key.startswith('backbone.freq_embed') or '.op.to_k.0.weight' in key]
+    model.eval()
+    predictions = model.val_step(batch_for(cfg))
+    assert len(predictions) == 2

@@ -1,0 +1,181 @@
+"""The data sets of a config, without their wrappers, and how their pipelines load files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS
+
+from vheat_mm.datasets.checks.images import Loader
+from vheat_mm.datasets.checks.label_maps import MapRule
+from vheat_mm.utils.errors import ToolError, describe
+
+SPLITS = ('train', 'val', 'test')
+# Of an entry in the config, what says how samples are used but not which they are.
+_USE = ('pipeline', 'test_mode', 'lazy_init', 'filter_cfg', 'serialize_data', 'max_refetch')
+
+
+@dataclass
+class Part:
+    """A data set that reads files itself.
+
+    Attributes:
+        dataset: Built, its files not read yet.
+        place: In the config, such as ``train_dataloader.dataset.datasets[0]``.
+        splits: That use it.
+        transforms: Of all its pipelines, wrappers' included.
+        num_classes: Labels are below it; ``None`` where the config does not say.
+    """
+
+    dataset: Any
+    place: str
+    splits: list[str]
+    transforms: list[Any]
+    num_classes: int | None = None
+    classes: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        named = (getattr(self.dataset, 'metainfo', None) or {}).get('classes')
+        self.classes = (named,) if isinstance(named, str) else tuple(named or ())
+
+    @property
+    def trains(self) -> bool:
+        """Whether training learns from it."""
+        return 'train' in self.splits
+
+    @property
+    def with_mask(self) -> bool:
+        """Whether instance masks are loaded."""
+        return any(getattr(transform, 'with_mask', False) for transform in self.transforms)
+
+    def image_loader(self) -> Loader:
+        """How its pipeline loads images."""
+        for transform in self.transforms:
+            if hasattr(transform, 'imdecode_backend') and hasattr(transform, 'color_type'):
+                return Loader(transform.color_type, transform.imdecode_backend, transform.backend_args)
+        return Loader()
+
+    def map_rule(self, info: dict) -> MapRule:
+        """How its pipeline loads label maps, and what becomes of their values."""
+        loader = Loader('unchanged', 'pillow')
+        for transform in self.transforms:
+            if getattr(transform, 'with_seg', False):
+                loader = Loader('unchanged', transform.imdecode_backend, transform.backend_args)
+        mapped = tuple((info.get('label_map') or {}).items())
+        # Only mmseg's data sets say so; label maps of panoptic sets hold colours.
+        known = 'reduce_zero_label' in info
+        return MapRule(self.num_classes if known else None, bool(info.get('reduce_zero_label')), mapped, loader)
+
+    def resizes(self) -> list[tuple[float, float]]:
+        """(long side, short side) in pixels of the smallest frames that its pipeline fits whole images into."""
+        return [scale for transform in self.transforms for scale in _resizes(transform)]
+
+
+def find_parts(cfg: Config, splits: Iterable[str]) -> list[Part]:
+    """Build the data sets of a config's data loaders; what several splits or wrappers name is built once.
+
+    Raises:
+        ToolError: No such data loader; a data set of no known type or with wrong arguments.
+    """
+    parts: dict[str, Part] = {}
+    for split in splits:
+        loader = cfg.get(f'{split}_dataloader')
+        if not loader:
+            continue
+        place = f'{split}_dataloader.dataset'
+        if not loader.get('dataset'):
+            raise ToolError(f'{place} is missing: a data loader needs a data set')
+        for where, leaf, wrapping in _leaves(loader['dataset'], place, []):
+            key = repr(sorted((name, repr(value)) for name, value in leaf.items() if name not in _USE))
+            if key not in parts:
+                dataset = _build(leaf, where)
+                parts[key] = Part(dataset, where, [], [])
+            part = parts[key]
+            part.splits += [split] if split not in part.splits else []
+            part.transforms += _transforms(leaf.get('pipeline', ()), where)
+            for number, pipeline in enumerate(wrapping):
+                part.transforms += _transforms(pipeline, f'{place}, wrapper {number}')
+    for part in parts.values():
+        known = [number for number in (len(part.classes), _head_classes(cfg)) if number]
+        part.num_classes = min(known, default=None)
+    if not parts:
+        wanted = ', '.join(f'{split}_dataloader' for split in splits)
+        raise ToolError(f'the config defines no {wanted}: there is nothing to check')
+    return list(parts.values())
+
+
+def _leaves(cfg: Any, place: str, wrapping: list) -> Iterator[tuple[str, dict, list]]:
+    """Data sets inside of wrappers, with their places and the pipelines of the wrappers."""
+    if not isinstance(cfg, dict):
+        raise ToolError(f'{place} is a {type(cfg).__name__}, expected a dict with the type of a data set')
+    wrapping = wrapping + ([cfg['pipeline']] if cfg.get('pipeline') else [])
+    if 'datasets' in cfg:
+        for number, inner in enumerate(cfg['datasets']):
+            yield from _leaves(inner, f'{place}.datasets[{number}]', wrapping)
+    elif 'dataset' in cfg:
+        yield from _leaves(cfg['dataset'], f'{place}.dataset', wrapping)
+    else:
+        yield place, cfg, wrapping[:-1] if cfg.get('pipeline') else wrapping
+
+
+def _build(cfg: dict, place: str) -> Any:
+    cfg = {**cfg, 'pipeline': []} if 'pipeline' in cfg else dict(cfg)
+    kind = cfg.get('type')
+    try:
+        if isinstance(kind, str):
+            with DATASETS.switch_scope_and_registry(cfg.get('_scope_')) as registry:
+                kind = registry.get(kind)
+        if isinstance(kind, type) and issubclass(kind, BaseDataset):
+            cfg['lazy_init'] = True  # nothing is read before its files can be named
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress there
+            return DATASETS.build(cfg)
+    except Exception as error:
+        raise ToolError(f'{place}: {describe(error)}') from error
+
+
+def _transforms(pipeline: Any, place: str) -> list[Any]:
+    """A pipeline's transforms, those within others included."""
+    from mmengine.registry import TRANSFORMS
+
+    transforms = []
+    for number, entry in enumerate(pipeline):
+        try:
+            transforms.append(TRANSFORMS.build(entry) if isinstance(entry, dict) else entry)
+        except Exception as error:
+            raise ToolError(f'{place}.pipeline[{number}]: {describe(error)}') from error
+    return [inner for transform in transforms for inner in _unfold(transform)]
+
+
+def _unfold(transform: Any) -> Iterator[Any]:
+    yield transform
+    inside = getattr(transform, 'transforms', ())
+    for inner in inside if isinstance(inside, list | tuple) else ():
+        yield from _unfold(inner)
+
+
+def _resizes(transform: Any) -> Iterator[tuple[float, float]]:
+    inner = getattr(transform, 'resize', None)
+    if not getattr(transform, 'keep_ratio', getattr(inner, 'keep_ratio', False)):
+        return
+    scales = getattr(transform, 'scales', None) or [getattr(transform, 'scale', None)]
+    if isinstance(scales[0], list):  # RandomResize between two frames
+        scales = scales[0]
+    ratio = min(getattr(transform, 'ratio_range', None) or (1.0,))
+    for scale in scales:
+        if isinstance(scale, list | tuple) and len(scale) == 2 and all(isinstance(x, int | float) for x in scale):
+            yield max(scale) * ratio, min(scale) * ratio
+
+
+def _head_classes(cfg: Config) -> int | None:
+    """The fewest classes that a head for label maps or for whole images knows."""
+    model = cfg.model
+    heads = [model.get('head'), model.get('decode_head'), model.get('auxiliary_head')]
+    flat = [head for entry in heads for head in (entry if isinstance(entry, list | tuple) else [entry])]
+    numbers = [head.get('num_classes') for head in flat if isinstance(head, dict)]
+    return min((number for number in numbers if isinstance(number, int) and number > 0), default=None)

@@ -1,0 +1,6 @@
+"""Optimizer wrappers and their constructors, registered in MMEngine's registries."""
+
+from vheat_mm.engine.optimizers.cpu_amp import CPUAmpOptimWrapper
+from vheat_mm.engine.optimizers.layer_decay import LayerDecayOptimWrapperConstructor
+
+__all__ = ['CPUAmpOptimWrapper', 'LayerDecayOptimWrapperConstructor']

@@ -1,0 +1,1 @@
+"""Around a Runner: processes, resumable data loading, provenance of a run."""

@@ -1,0 +1,184 @@
+"""Several processes, with GPUs or without."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.runner import Runner
+
+from vheat_mm.utils.dist import process_count
+from vheat_mm.utils.errors import ToolError
+
+_gloo_used = False
+
+SYNC_BN = {'SyncBN', 'MMSyncBN', 'SyncBatchNorm'}
+_VISUALIZATION_HOOKS = {'DetVisualizationHook', 'SegVisualizationHook', 'VisualizationHook'}
+
+
+def set_up_processes(cfg: Config, launcher: str) -> list[str]:
+    """Prepare what MMEngine's runner cannot do by itself, in place.
+
+    MMEngine binds each process to a GPU. Where there is none, the gloo process group is made here, before the runner
+    sees that it must make one, and the model is wrapped without device.
+
+    Args:
+        cfg: The config; ``sync_bn``, ``model``, ``model_wrapper_cfg`` may change.
+        launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
+
+    Returns:
+        Lines for the log.
+
+    Raises:
+        ToolError: The launcher's environment variables are missing; more processes than GPUs.
+    """
+    global _gloo_used
+    notes: list[str] = []
+    if launcher != 'none':
+        _read_environment(launcher)
+    if get_device() != 'cpu':
+        local_rank, gpus = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
+        if launcher != 'none' and torch.cuda.is_available() and local_rank >= gpus:
+            raise ToolError(f'local rank {local_rank} has no GPU: {gpus} visible; start at most {gpus} processes here')
+        return notes
+    replaced = replace_sync_bn(cfg.model)
+    if cfg.get('sync_bn') is not None:
+        cfg.sync_bn = None
+        replaced += 1
+    if replaced:
+        notes.append(f'no GPU: SyncBN -> BN at {replaced} places of the config (statistics are per process)')
+    if launcher == 'none':
+        return notes
+    threads = _limit_threads()
+    timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
+    _gloo_used = True
+    dist.init_process_group('gloo', timeout=None if timeout is None else datetime.timedelta(seconds=timeout))
+    wrapper = dict(
+        type='MMDistributedDataParallel',
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+        broadcast_buffers=False,
+    )
+    # The runner names this process's GPU where device_ids is absent.
+    cfg.model_wrapper_cfg = {**wrapper, **(cfg.get('model_wrapper_cfg') or {}), 'device_ids': None}
+    notes.append(f'no GPU: {process_count()} processes joined by gloo, {threads} threads each')
+    return notes
+
+
+def tear_down_processes() -> None:
+    """Leave the process group, if any."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with ``status``.
+
+    After using gloo, PyTorch (seen with 2.13.0, on the CPU) aborts in about every tenth process while the interpreter
+    shuts down, "terminate called without an active exception", and a finished run counts as failed. So what is
+    registered to run at exit runs here, and the shut-down itself is left out.
+    """
+    if _gloo_used:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def replace_sync_bn(node: object) -> int:
+    """Turn each SyncBN in a (nested) model config into BN, in place; returns how many there were."""
+    if isinstance(node, (list, tuple)):
+        return sum(map(replace_sync_bn, node))
+    if not isinstance(node, dict):
+        return 0
+    count = sum(map(replace_sync_bn, node.values()))
+    if isinstance(node.get('type'), str) and node['type'].split('.')[-1] in SYNC_BN:
+        node['type'] = 'BN'
+        count += 1
+    return count
+
+
+def paint_in_every_process(runner: Runner) -> None:
+    """Have each process paint the predictions of its own images; the visualizers only work in the first one."""
+
+    def everywhere(paint: Callable) -> Callable:
+        def wrapper(*args: Any, **kwargs: Any) -> None:
+            with _as_main_process():
+                if runner.visualizer.dataset_meta is None:  # set in the first process only
+                    runner.visualizer.dataset_meta = runner.test_dataloader.dataset.metainfo
+                paint(*args, **kwargs)
+
+        return wrapper
+
+    for hook in runner.hooks:
+        if type(hook).__name__ in _VISUALIZATION_HOOKS and dist.is_initialized():
+            hook.after_test_iter = everywhere(hook.after_test_iter)
+
+
+@contextlib.contextmanager
+def _as_main_process() -> Iterator[None]:
+    # What ``mmengine.dist.master_only``, the visualizers' decorator, asks.
+    with mock.patch('mmengine.dist.utils.is_main_process', return_value=True):
+        yield
+
+
+def _read_environment(launcher: str) -> None:
+    """Give PyTorch's variables the values of the launcher's; the runner does so on GPUs only."""
+    sources = {
+        'pytorch': {'RANK': 'RANK', 'WORLD_SIZE': 'WORLD_SIZE', 'LOCAL_RANK': 'LOCAL_RANK'},
+        'slurm': {'RANK': 'SLURM_PROCID', 'WORLD_SIZE': 'SLURM_NTASKS', 'LOCAL_RANK': 'SLURM_LOCALID'},
+        'mpi': {
+            'RANK': 'OMPI_COMM_WORLD_RANK',
+            'WORLD_SIZE': 'OMPI_COMM_WORLD_SIZE',
+            'LOCAL_RANK': 'OMPI_COMM_WORLD_LOCAL_RANK',
+        },
+    }[launcher]
+    if missing := [name for name in sources.values() if name not in os.environ]:
+        starter = {'pytorch': 'tools/dist_*.sh', 'slurm': 'tools/slurm_*.sh', 'mpi': 'mpirun'}[launcher]
+        raise ToolError(
+            f'--launcher {launcher}: the environment lacks {", ".join(missing)}; start through {starter}, '
+            'or drop --launcher to run one process'
+        )
+    os.environ.update({target: os.environ[source] for target, source in sources.items()})
+    os.environ.setdefault('MASTER_PORT', '29500')
+    if launcher == 'slurm' and 'MASTER_ADDR' not in os.environ:
+        os.environ['MASTER_ADDR'] = _first_slurm_node()
+    os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
+
+
+def _first_slurm_node() -> str:
+    nodes = os.environ.get('SLURM_NODELIST', '')
+    try:
+        shown = subprocess.run(['scontrol', 'show', 'hostnames', nodes], capture_output=True, text=True, check=True)
+        return shown.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise ToolError(f'scontrol does not tell the first node of {nodes!r}: set MASTER_ADDR') from error
+
+
+def _limit_threads() -> int:
+    """Share the cores out, unless the user did; returns the threads of this process."""
+    if 'OMP_NUM_THREADS' not in os.environ:
+        local = int(os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('SLURM_NTASKS_PER_NODE', process_count())))
+        cores = int(os.environ.get('SLURM_CPUS_PER_TASK', 0)) or available_cores() // local
+        os.environ['OMP_NUM_THREADS'] = str(max(1, cores))
+        torch.set_num_threads(max(1, cores))
+    os.environ.setdefault('MKL_NUM_THREADS', os.environ['OMP_NUM_THREADS'])
+    return torch.get_num_threads()
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

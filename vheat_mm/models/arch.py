@@ -1,0 +1,51 @@
+"""The published variants as data, and the reading of ``arch`` and ``out_indices``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from vheat_mm.ops.freq_embed import NUM_STAGES
+
+ARCHS: dict[str, dict] = {
+    'tiny': dict(embed_dims=96, depths=(2, 2, 6, 2), post_norm=False, layer_scale=None),
+    'small': dict(embed_dims=96, depths=(2, 2, 18, 2), post_norm=True, layer_scale=1e-5),
+    'base': dict(embed_dims=128, depths=(2, 2, 18, 2), post_norm=True, layer_scale=1e-5),
+}
+
+
+def read_arch(arch: str | Mapping) -> dict:
+    """Complete and check an ``arch`` argument; see :class:`VHeat`."""
+    if isinstance(arch, str):
+        if arch not in ARCHS:
+            raise ValueError(f'unknown arch {arch!r}, expected one of {sorted(ARCHS)} or a dict')
+        return dict(ARCHS[arch])
+    if not isinstance(arch, Mapping):
+        raise ValueError(f'arch must be one of {sorted(ARCHS)} or a dict, got {arch!r}')
+    fields = {'embed_dims', 'depths', 'post_norm', 'layer_scale'}
+    unknown, missing = set(arch) - fields, {'embed_dims', 'depths'} - set(arch)
+    if unknown or missing:
+        raise ValueError(
+            f'arch dict has unknown keys {sorted(unknown)} and lacks {sorted(missing)}; its keys are {sorted(fields)}'
+        )
+    checked: dict = dict(post_norm=False, layer_scale=None) | dict(arch)
+    dims, depths = checked['embed_dims'], checked['depths']
+    if not _is_int(dims) or dims < 2 or dims % 2:
+        raise ValueError(f'embed_dims must be an even int, the width of the first stage, got {dims!r}')
+    if not isinstance(depths, Sequence) or len(depths) != NUM_STAGES or not all(_is_int(d) and d > 0 for d in depths):
+        raise ValueError(f'depths must be {NUM_STAGES} positive ints, got {depths!r}')
+    return checked | dict(depths=tuple(depths))
+
+
+def read_out_indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:
+    """Normalise output indices to ascending stages 0 .. 3."""
+    given = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
+    if not given or not all(_is_int(i) and -NUM_STAGES <= i < NUM_STAGES for i in given):
+        raise ValueError(f'out_indices must name stages in {-NUM_STAGES} .. {NUM_STAGES - 1}, got {out_indices!r}')
+    stages = sorted({i % NUM_STAGES for i in given})
+    if len(stages) != len(given):
+        raise ValueError(f'out_indices names a stage twice: {out_indices!r}')
+    return tuple(stages)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

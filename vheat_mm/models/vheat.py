@@ -1,0 +1,501 @@
+"""vHeat: Building Vision Models upon Heat Conduction (arXiv 2405.16555, CVPR 2025), as an OpenMMLab backbone.
+
+Same function and state-dict keys as the reference release (MzeroMiko/vHeat). What differs: maps stay channels-last
+from the stem to the output norms, decay maps are cached at inference, stages after the last requested output do not
+exist.
+
+Shapes: B batch, H x W map, C channels. Inside the network maps are (B, H, W, C); images and outputs are (B, C, H, W).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vheat_mm.models.arch import read_arch, read_out_indices
+from vheat_mm.models.feature_info import FeatureInfo
+from vheat_mm.models.load_weights import load_pretrained, resize_loaded_freq_embeds
+from vheat_mm.ops.decay_cache import DecayCache
+from vheat_mm.ops.eager.onednn import compute_type
+from vheat_mm.ops.freq_embed import NUM_STAGES, fit_freq_embed, grid_sizes, resize_freq_embed, to_pair
+from vheat_mm.ops.reference import (
+    add_norm,
+    by_image,
+    by_position,
+    convolve,
+    decay_map,
+    decays_of,
+    embed_patches,
+    heat_norm_gate,
+    linear,
+    mlp,
+    norm_add,
+    split_linear,
+)
+from vheat_mm.ops.registry import forget_prepared, load_compiled
+
+
+class HeatConduction2d(nn.Module):
+    """Depthwise conv, split into signal and gate, heat conduction of the signal, norm, gate, projection.
+
+    Args:
+        dim: Channels C of input and output.
+    """
+
+    k_exp: nn.Parameter  # (H, W, C), once deployed
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.linear = nn.Linear(dim, 2 * dim)
+        self.to_k = nn.Sequential(nn.Linear(dim, dim), nn.ReLU())
+        self.out_norm = nn.LayerNorm(dim)
+        self.out_linear = nn.Linear(dim, dim)
+
+    def decay(self, freq_embed: Tensor) -> Tensor:
+        """Decay of every mode and channel for FVEs of the map's size, (H, W, C) -> (H, W, C).
+
+        Computed in at least float32: ``w k`` spans several orders of magnitude and its exponential leaves float16.
+        """
+        k = cast(nn.Linear, self.to_k[0])
+        return decay_map(freq_embed, k.weight, k.bias)
+
+    def forward(self, x: Tensor, decay: Tensor) -> Tensor:
+        """Apply the operator.
+
+        Args:
+            x: Map (B, H, W, C).
+            decay: What :meth:`decay` returns for this operator and size (H, W, C).
+
+        Returns:
+            Map (B, H, W, C).
+        """
+        out = self.out_linear
+        return linear(self.mix(x, decay), out.weight, out.bias)
+
+    def mix(self, x: Tensor, decay: Tensor) -> Tensor:
+        """The operator without its projection: everything that mixes positions, (B, H, W, C) -> (B, H, W, C)."""
+        x = convolve(x, self.dwconv)
+        signal, gate = split_linear(x, self.linear.weight, self.linear.bias)
+        del x  # its memory serves the next step
+        norm = self.out_norm
+        return heat_norm_gate(signal, gate, decay, norm.weight, norm.bias, norm.eps)
+
+    def switch_to_deploy(self, freq_embed: Tensor) -> None:
+        """Replace ``to_k`` by the constant decay ``k_exp`` (H, W, C), as the release's re-parameterisation does."""
+        with torch.no_grad():
+            self.k_exp = nn.Parameter(self.decay(freq_embed), requires_grad=False)
+        del self.to_k
+
+
+class PointwiseConv(nn.Conv2d):
+    """1x1 convolution of a (B, H, W, C) map, computed as the matrix product it is; weights stay 4-D as released."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Mlp(nn.Module):
+    """Two pointwise convolutions around an exact GELU, (B, H, W, C) -> (B, H, W, C)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = PointwiseConv(dim, hidden_dim)
+        self.fc2 = PointwiseConv(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mlp(x, self.fc1.weight, cast(Tensor, self.fc1.bias), self.fc2.weight, cast(Tensor, self.fc2.bias))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): drops a residual branch per sample, rescales the kept ones."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0.0:
+            return x
+        keep = 1.0 - self.drop_prob
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        return x * (mask / keep)
+
+    def extra_repr(self) -> str:
+        return f'drop_prob={self.drop_prob:.3f}'
+
+
+class Stem(nn.Module):
+    """Image (B, H, W, in_channels) -> map (B, H/4, W/4, C), sides rounded up."""
+
+    def __init__(self, in_channels: int, dim: int) -> None:
+        super().__init__()
+        # The release permutes around each norm inside a sequential, hence the keys ``norm1.1`` and ``norm2.1``.
+        self.conv1 = nn.Conv2d(in_channels, dim // 2, 3, stride=2, padding=1)
+        self.norm1 = nn.Sequential(nn.Identity(), nn.LayerNorm(dim // 2, eps=1e-6))
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1)
+        self.norm2 = nn.Sequential(nn.Identity(), nn.LayerNorm(dim, eps=1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return embed_patches(x, self.conv1, self.norm1, self.conv2, self.norm2)
+
+
+class Downsample(nn.Sequential):
+    """Map (B, H, W, C) -> (B, H/2, W/2, 2C), sides rounded up."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False), nn.LayerNorm(2 * dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](convolve(x, cast(nn.Conv2d, self[0])))
+
+
+class Block(nn.Module):
+    """Heat conduction and MLP, each a residual branch with its norm before or after it.
+
+    Args:
+        dim: Channels C.
+        mlp_ratio: Hidden over outer width of the MLP.
+        drop_path: Probability of dropping a branch.
+        post_norm: Norm after the operation instead of before it.
+        layer_scale: Initial value of the branches' learned scale, or ``None`` for no scale.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: float,
+        drop_path: float,
+        post_norm: bool,
+        layer_scale: float | None,
+    ) -> None:
+        super().__init__()
+        self.post_norm = post_norm
+        self.norm1 = nn.LayerNorm(dim)
+        self.op = HeatConduction2d(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+        self.gamma1 = self.gamma2 = None
+        if layer_scale is not None:
+            self.gamma1 = nn.Parameter(torch.full((dim,), float(layer_scale)))
+            self.gamma2 = nn.Parameter(torch.full((dim,), float(layer_scale)))
+
+    def forward(self, x: Tensor, decay: Tensor) -> Tensor:
+        """Map (B, H, W, C) and this block's decay (H, W, C) -> map (B, H, W, C)."""
+        mixed = self.op.mix(x if self.post_norm else self.norm1(x), decay)
+        if self.training:  # stochastic depth must see whole samples
+            return self._finish(x, mixed)
+        return by_position(self._finish, x, mixed)
+
+    def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """All that looks at one position at a time: 2 x (..., C) -> (..., C)."""
+        out, norm1, norm2 = self.op.out_linear, self.norm1, self.norm2
+        branch = linear(mixed, out.weight, out.bias)
+        if not self.post_norm:
+            x, normed = add_norm(x, self.drop_path(branch), self.gamma1, norm2.weight, norm2.bias, norm2.eps)
+            return self._add(x, self.mlp(normed), self.gamma2)
+        if self.training and self.drop_path.drop_prob:
+            x = self._add(x, norm1(branch), self.gamma1)
+            return self._add(x, norm2(self.mlp(x)), self.gamma2)
+        x = norm_add(x, branch, self.gamma1, norm1.weight, norm1.bias, norm1.eps)
+        return norm_add(x, self.mlp(x), self.gamma2, norm2.weight, norm2.bias, norm2.eps)
+
+    def _add(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> Tensor:
+        return x + self.drop_path(branch if gamma is None else gamma * branch)
+
+
+class Stage(nn.ModuleList):
+    """Blocks of one resolution that share FVEs, and the downsampling behind them where another stage follows.
+
+    Blocks and downsampling are the list's items 0 .. depth, as in the released state dict.
+    """
+
+    def __init__(self, blocks: Sequence[Block], downsample: Downsample | None, with_cp: bool) -> None:
+        super().__init__([*blocks, *([] if downsample is None else [downsample])])
+        self.depth = len(blocks)
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor, freq_embed: Tensor | None, cache: DecayCache) -> tuple[Tensor, Tensor]:
+        """Run the stage.
+
+        Args:
+            x: Map (B, H, W, C).
+            freq_embed: FVEs on their own grid (H0, W0, C); ``None`` once deployed.
+            cache: Decay maps of resolutions seen before.
+
+        Returns:
+            The blocks' output (B, H, W, C), and what the next stage takes.
+        """
+        size = (x.shape[1], x.shape[2])
+        decays: list[Tensor] | None = None
+        embed: Tensor | None = None
+        if freq_embed is None:
+            decays = self._deployed_decays(size)
+        elif self._may_cache(freq_embed):
+            sources, dtype = self._decay_sources(freq_embed), compute_type(x)  # half precision takes half the memory
+            build = lambda: [decay.to(dtype) for decay in self.decays(freq_embed, size)]  # noqa: E731
+            decays = cache.get((id(self), size, dtype), sources, build)
+        elif torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            decays = self.decays(freq_embed, size)
+        else:
+            embed = fit_freq_embed(freq_embed, size)
+
+        def run_blocks(x: Tensor) -> Tensor:
+            for index, block in enumerate(self.blocks):
+                decay = None if decays is None else decays[index]
+                if self.with_cp and torch.is_grad_enabled():
+                    x = checkpoint(self._run, block, x, embed, decay, use_reentrant=False)
+                else:
+                    x = self._run(block, x, embed, decay)
+            return x
+
+        x = run_blocks(x) if decays is None else by_image(run_blocks, x)
+        return x, self[self.depth](x) if len(self) > self.depth else x
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The stage without its downsampling."""
+        return cast(list[Block], list(self)[: self.depth])
+
+    def decays(self, freq_embed: Tensor, size: tuple[int, int]) -> list[Tensor]:
+        """Decay maps (H, W, C) of all blocks for a map of ``size``."""
+        layers = [cast(nn.Linear, block.op.to_k[0]) for block in self.blocks]
+        return decays_of(freq_embed, [k.weight for k in layers], [k.bias for k in layers], size)
+
+    @staticmethod
+    def _run(block: Block, x: Tensor, embed: Tensor | None, decay: Tensor | None) -> Tensor:
+        # Under checkpointing the decay belongs inside: it is as large as the activations of one image.
+        return block(x, block.op.decay(cast(Tensor, embed)) if decay is None else decay)
+
+    def _may_cache(self, freq_embed: Tensor) -> bool:
+        # A compiled graph cannot hold the cache; on the CPU an operator in it does (kernels/compiled.py).
+        if self.training or torch.compiler.is_compiling() or type(freq_embed) is not nn.Parameter:
+            return False
+        return not (torch.is_grad_enabled() and any(p.requires_grad for p in self._decay_sources(freq_embed)))
+
+    def _decay_sources(self, freq_embed: Tensor) -> list[Tensor]:
+        return [
+            freq_embed,
+            *(p for block in self.blocks for p in block.op.to_k.parameters()),
+        ]
+
+    def _deployed_decays(self, size: tuple[int, int]) -> list[Tensor]:
+        decays: list[Tensor] = [block.op.k_exp for block in self.blocks]
+        fixed = tuple(decays[0].shape[:2])
+        if fixed != size:
+            raise ValueError(
+                f'this VHeat was deployed for a stage map of {fixed[0]}x{fixed[1]} but the input gives '
+                f'{size[0]}x{size[1]}: resize the input, or deploy a fresh model with switch_to_deploy(size)'
+            )
+        return decays
+
+
+@MODELS.register_module()
+class VHeat(BaseModule):
+    """vHeat backbone with multi-scale output for dense prediction, or the last map for classification.
+
+    Args:
+        arch: ``'tiny'``, ``'small'``, ``'base'``, or a dict with ``embed_dims`` (C of the first stage; the others
+            have 2C, 4C, 8C), ``depths`` (blocks of the four stages) and, optionally, ``post_norm`` (default
+            ``False``) and ``layer_scale`` (initial value or ``None``, the default).
+        img_size: Image size, int or (height, width) in pixels, whose stage maps give the grid of the frequency value
+            embeddings. Images of any size can be passed; the embeddings are resized to their maps.
+        in_channels: Channels of the image.
+        mlp_ratio: Hidden over outer width of the MLPs.
+        drop_path_rate: Stochastic depth of the last block; it rises linearly from 0 at the first.
+        out_indices: Stages (0 to 3, negative from the end) whose output is returned, in ascending order. Stages
+            after the last of them are not built.
+        frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages with their output norms.
+        with_cp: Recompute every block's activations in backward to save memory.
+        init_cfg: MMEngine's. ``dict(type='Pretrained', checkpoint=...)`` goes through
+            :func:`vheat_mm.models.load_weights.load_pretrained` and takes its arguments (``prefix``, ``ema``, ``resize``).
+
+    Shapes:
+        Image (B, in_channels, H, W) -> tuple of maps (B, C 2^i, H / 2^(i+2), W / 2^(i+2)), sides rounded up,
+        contiguous.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping = 'tiny',
+        img_size: int | Sequence[int] = 224,
+        in_channels: int = 3,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg=init_cfg)
+        self.init_cfg: dict | list[dict] | None
+        self.arch = read_arch(arch)
+        self.img_size = to_pair(img_size, 'img_size')
+        self.out_indices = read_out_indices(out_indices)
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise ValueError(f'drop_path_rate must lie in [0, 1), got {drop_path_rate!r}')
+        if not -1 <= frozen_stages <= NUM_STAGES:
+            raise ValueError(f'frozen_stages must lie in -1 .. {NUM_STAGES}, got {frozen_stages!r}')
+        if mlp_ratio <= 0:
+            raise ValueError(f'mlp_ratio must be positive, got {mlp_ratio!r}')
+        self.frozen_stages = frozen_stages
+        self.depths: tuple[int, ...] = self.arch['depths']
+        self.num_features = [self.arch['embed_dims'] << i for i in range(NUM_STAGES)]
+        num_stages = self.out_indices[-1] + 1
+
+        self.patch_embed = Stem(in_channels, self.arch['embed_dims'])
+        self.freq_embed: nn.ParameterList | None = nn.ParameterList(
+            nn.Parameter(torch.zeros(*size, dim))
+            for size, dim in zip(grid_sizes(self.img_size), self.num_features[:num_stages], strict=False)
+        )
+        last = sum(self.depths) - 1
+        rates = [drop_path_rate * i / last for i in range(last + 1)]
+        self.layers = nn.ModuleList()
+        for i, dim in enumerate(self.num_features[:num_stages]):
+            blocks = [
+                Block(dim, mlp_ratio, rates.pop(0), self.arch['post_norm'], self.arch['layer_scale'])
+                for _ in range(self.depths[i])
+            ]
+            self.layers.append(Stage(blocks, Downsample(dim) if i + 1 < num_stages else None, with_cp))
+        for i in self.out_indices:
+            self.add_module(f'outnorm{i}', nn.LayerNorm(self.num_features[i]))
+
+        self.decay_cache = DecayCache()
+        load_compiled()
+        self._initialize()
+        self._register_load_state_dict_pre_hook(resize_loaded_freq_embeds, with_module=True)
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+        self._freeze_embeddings()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Image (B, in_channels, H, W), H and W at least 1 -> tuple of maps, one per output index."""
+        x = x.permute(0, 2, 3, 1)
+        if not torch.compiler.is_compiling():
+            x = x.contiguous()  # from here on every step between (B, C, H, W) and (B, H, W, C) is a view
+        x = self.patch_embed(x)
+        outputs = []
+        for i, stage in enumerate(self.layers):
+            embed = None if self.freq_embed is None else self.freq_embed[i]
+            features, x = stage(x, embed, self.decay_cache)
+            if i in self.out_indices:
+                normed = self.get_submodule(f'outnorm{i}')(features)
+                # Outputs are plain (B, C, H, W) memory: mmcv's RoIAlign (2.1.0) reads a channels-last map as if it
+                # were one, without an error, and the heads behind it never learn.
+                outputs.append(normed.permute(0, 3, 1, 2).contiguous())
+        return tuple(outputs)
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        """The outputs, one dict each: channels ``num_chs``, stride ``reduction``, ``module``, stage ``index``."""
+        return FeatureInfo(
+            dict(num_chs=self.num_features[i], reduction=4 << i, module=f'outnorm{i}', index=i)
+            for i in self.out_indices
+        )
+
+    def init_weights(self) -> None:
+        """Apply ``init_cfg``; a ``Pretrained`` entry is loaded last, checked key by key and reported."""
+        if self.is_init:
+            return
+        entries = [self.init_cfg] if isinstance(self.init_cfg, Mapping) else list(self.init_cfg or [])
+        pretrained = [entry for entry in entries if entry['type'] == 'Pretrained']
+        others = [entry for entry in entries if entry['type'] != 'Pretrained']
+        if others or not pretrained:
+            configured, self.init_cfg = self.init_cfg, others
+            super().init_weights()
+            self.init_cfg = configured
+        for entry in pretrained:
+            load_pretrained(self, **{key: value for key, value in entry.items() if key != 'type'})
+        self._is_init = True
+
+    def switch_to_deploy(self, size: int | Sequence[int] | None = None) -> None:
+        """Fold the decay maps for one image size into constants, as the release's re-parameterisation does.
+
+        ``to_k`` and the frequency value embeddings are dropped; each operator gets ``k_exp`` (H, W, C). Afterwards the
+        model takes images of this size only and loads the release's re-parameterised state dict.
+
+        Args:
+            size: Image size, int or (height, width) in pixels; ``img_size`` by default.
+        """
+        if self.freq_embed is None:
+            raise RuntimeError('this VHeat is deployed already; build a fresh one to deploy for another size')
+        size = self.img_size if size is None else to_pair(size, 'size')
+        for stage, embed, grid in zip(self.layers, self.freq_embed, grid_sizes(size), strict=False):
+            embed = resize_freq_embed(embed, grid, mode='bicubic')
+            for block in cast(Stage, stage).blocks:
+                block.op.switch_to_deploy(embed)
+        self.freq_embed = None
+        self.decay_cache.clear()
+        print_log(f'VHeat deployed for images of {size[0]}x{size[1]} pixels', logger='current')
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter for layer-wise learning-rate decay, in mmpretrain's sense.
+
+        Args:
+            param_name: Name in the model's ``named_parameters()``.
+            prefix: The backbone's prefix in it, such as ``'backbone.'``.
+
+        Returns:
+            Depth (0 for the stem, then one per block, the last for output norms and everything outside the
+            backbone) and the number of depths.
+        """
+        num_layers = sum(self.depths[: len(self.layers)]) + 2  # stages behind the last output are not built
+        if not param_name.startswith(prefix):
+            return num_layers - 1, num_layers
+        parts = param_name[len(prefix) :].split('.')
+        if parts[0] == 'patch_embed':
+            return 0, num_layers
+        if parts[0] == 'freq_embed':  # shared by a stage: as early as the stage's first block
+            return sum(self.depths[: int(parts[1])]) + 1, num_layers
+        if parts[0] == 'layers':
+            stage, entry = int(parts[1]), int(parts[2])
+            if entry == self.depths[stage]:  # downsampling goes with the block before it
+                entry -= 1
+            return sum(self.depths[:stage]) + entry + 1, num_layers
+        return num_layers - 1, num_layers
+
+    def train(self, mode: bool = True) -> VHeat:
+        """Set training mode; frozen parts stay in evaluation mode. Drops all that was derived from weights."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        self._drop_derived()
+        return self
+
+    def _apply(self, fn, recurse: bool = True):
+        self._drop_derived()
+        return super()._apply(fn, recurse)
+
+    def _drop_derived(self) -> None:
+        self.decay_cache.clear()
+        forget_prepared(self.parameters())
+
+    def _initialize(self) -> None:
+        """Linear layers and FVEs truncated normal (0.02); norms 1 and 0; convolutions PyTorch's default."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for embed in self.freq_embed or ():
+            nn.init.trunc_normal_(embed, std=0.02)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        norms = [self.get_submodule(f'outnorm{i}') for i in self.out_indices if i < self.frozen_stages]
+        return [self.patch_embed, *self.layers[: self.frozen_stages], *norms]
+
+    def _freeze_embeddings(self) -> None:
+        for embed in list(self.freq_embed or ())[: max(self.frozen_stages, 0)]:
+            embed.requires_grad_(False)

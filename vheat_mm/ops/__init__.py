@@ -1,0 +1,1 @@
+"""The operators of vHeat on tensors: reference mathematics, and backends for CPUs and GPUs."""

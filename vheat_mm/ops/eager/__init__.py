@@ -1,0 +1,1 @@
+"""The CPU backend: operators in plain PyTorch and oneDNN, forward and backward."""

@@ -1,0 +1,1 @@
+"""Errors, texts, processes: what every layer needs."""
