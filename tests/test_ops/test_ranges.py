@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from vheat_mm.models.vheat import Block, HeatConduction2d
-from vheat_mm.ops import registry as kernels
+from vheat_mm.ops.backends import use_backend
 from vheat_mm.ops.reference import decay_map, heat_conduction
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 OWN_PROCESS = pytest.mark.skipif(INTERPRETED, reason='the interpreter takes seconds for each map')
-FORMS = ('triton',) if INTERPRETED else ('reference', 'fast')
+BACKENDS = ('triton',) if INTERPRETED else ('reference', 'fast')
 SIDE = 16 if INTERPRETED else 320
 # Against the largest element. A single pixel's modes, over 1024, are subnormal in float16: 0.4 % of error.
 ERRORS = {torch.float32: 1e-5, torch.float16: 6e-3, torch.bfloat16: 3e-2}
@@ -54,11 +54,11 @@ def distance(found, exact):
     return error.item() if found.isfinite().all() else float('inf')
 
 
-def in_form(form, x, decay, cotangent=None):
+def in_backend(backend, x, decay, cotangent=None):
     """Heat conduction, with a cotangent its gradients too."""
     gradients = cotangent is not None
     x, decay = x.detach().clone().requires_grad_(gradients), decay.detach().clone().requires_grad_(gradients)
-    with kernels.use(form):
+    with use_backend(backend):
         out = heat_conduction(x, decay)
     if not gradients:
         return [out]
@@ -67,62 +67,62 @@ def in_form(form, x, decay, cotangent=None):
 
 @pytest.mark.parametrize('kind', ['constant', 'pixel', 'alternating', 'ramp'])
 @pytest.mark.parametrize('dtype', list(ERRORS), ids=str)
-@pytest.mark.parametrize('form', FORMS)
-def test_large_maps_of_large_values(form, dtype, kind):
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_large_maps_of_large_values(backend, dtype, kind):
     decay = diffused(SIDE, 0.5)
     for value in (1.0, LARGEST[dtype]):
         x = make_map(kind, value).to(dtype)
-        exact = in_form('reference', x.double(), decay.double())
-        for found, wanted in zip(in_form(form, x, decay), exact, strict=True):
+        exact = in_backend('reference', x.double(), decay.double())
+        for found, wanted in zip(in_backend(backend, x, decay), exact, strict=True):
             assert found.dtype is dtype
             assert distance(found, wanted) < ERRORS[dtype]
 
 
 @pytest.mark.parametrize('kind', ['constant', 'pixel', 'alternating', 'ramp'])
 @pytest.mark.parametrize('dtype', list(ERRORS), ids=str)
-@pytest.mark.parametrize('form', FORMS)
-def test_gradients_of_large_maps(form, dtype, kind):
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_gradients_of_large_maps(backend, dtype, kind):
     """A loss scale makes gradients large: of 60 everywhere, the DC coefficient's is 19200, the decay's 10^8."""
     x, cotangent, decay = (*(make_map(kind, value).to(dtype) for value in (100.0, 60.0)), diffused(SIDE, 0.5))
-    exact = in_form('reference', x.double(), decay.double(), cotangent.double())
-    for found, wanted in zip(in_form(form, x, decay, cotangent), exact, strict=True):
+    exact = in_backend('reference', x.double(), decay.double(), cotangent.double())
+    for found, wanted in zip(in_backend(backend, x, decay, cotangent), exact, strict=True):
         assert distance(found, wanted) < ERRORS[dtype]
 
 
 @OWN_PROCESS
 @pytest.mark.parametrize('dtype', list(ERRORS), ids=str)
-@pytest.mark.parametrize('form', FORMS)
-def test_small_gradients_keep_their_digits(form, dtype):
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_small_gradients_keep_their_digits(backend, dtype):
     """Of a large map, in float16 divided by 1024 they would be subnormal."""
     torch.manual_seed(0)
     side = 160
     x, decay = torch.randn(1, side, side, 2).to(dtype), diffused(side, 0.5)
     cotangent = (torch.randn(1, side, side, 2) * 1e-3).to(dtype)
-    exact = in_form('reference', x.double(), decay.double(), cotangent.double())
-    for found, wanted in zip(in_form(form, x, decay, cotangent), exact, strict=True):
+    exact = in_backend('reference', x.double(), decay.double(), cotangent.double())
+    for found, wanted in zip(in_backend(backend, x, decay, cotangent), exact, strict=True):
         assert ((found.double() - wanted).norm() / wanted.norm()).item() < ERRORS[dtype]
 
 
 @OWN_PROCESS
 @pytest.mark.parametrize('k', [0, 1e-30, 1e-3, 1, 1e4, 1e30])
 @pytest.mark.parametrize('dtype', list(ERRORS), ids=str)
-@pytest.mark.parametrize('form', FORMS)
-def test_constants_stay_constant(form, dtype, k):
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_constants_stay_constant(backend, dtype, k):
     side = 50
     x = make_map('constant', 3e3, side).to(dtype)
-    (found,) = in_form(form, x, diffused(side, k))
+    (found,) = in_backend(backend, x, diffused(side, k))
     assert distance(found, x.double()) < ERRORS[dtype]
 
 
 @OWN_PROCESS
 @pytest.mark.parametrize('dtype', list(ERRORS), ids=str)
-@pytest.mark.parametrize('form', FORMS)
-def test_no_diffusivity_lets_heat_grow(form, dtype):
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_no_diffusivity_lets_heat_grow(backend, dtype):
     """ReLU keeps k from being negative: every factor lies in [0, 1], whatever the FVEs, and gradients are finite."""
     torch.manual_seed(0)
     for size in (1e-20, 1.0, 1e15):
         embed, weight, bias = (torch.randn(s) * size for s in ((9, 7, 4), (4, 4), (4,)))
-        with kernels.use(form):
+        with use_backend(backend):
             inputs = [t.to(dtype).requires_grad_() for t in (embed, weight.clamp(-1e4, 1e4), bias.clamp(-1e4, 1e4))]
             if dtype is torch.float16:
                 inputs = [t.detach().clamp(-6e4, 6e4).requires_grad_() for t in inputs]
@@ -152,8 +152,8 @@ MODES = [
 @OWN_PROCESS
 @pytest.mark.parametrize('kind', ['constant', 'pixel', 'alternating', 'ramp'])
 @pytest.mark.parametrize(('dtype', 'autocast'), MODES)
-@pytest.mark.parametrize('form', ['reference', 'fast'])
-def test_operator_and_block(form, dtype, autocast, kind):
+@pytest.mark.parametrize('backend', ['reference', 'fast'])
+def test_operator_and_block(backend, dtype, autocast, kind):
     """The parts around the spectral step too: conv, linear maps, norms, gate, MLP; outputs and all gradients."""
     torch.manual_seed(0)
     side = 64
@@ -163,9 +163,9 @@ def test_operator_and_block(form, dtype, autocast, kind):
         exact = whole('reference', copy.deepcopy(module).double(), x.double(), decay.double())
         if autocast:
             with torch.autocast('cpu', dtype):
-                found = whole(form, module, x, decay)
+                found = whole(backend, module, x, decay)
         else:
-            found = whole(form, module.to(dtype), x.to(dtype), decay)
+            found = whole(backend, module.to(dtype), x.to(dtype), decay)
         assert len(found) == len(exact)
         assert all(part.isfinite().all() for part in found)
         if kind == 'alternating':
@@ -173,10 +173,10 @@ def test_operator_and_block(form, dtype, autocast, kind):
         assert ((found[0].double() - exact[0]).norm() / exact[0].norm()).item() < 2 * ERRORS[dtype]
 
 
-def whole(form, module, x, decay):
+def whole(backend, module, x, decay):
     """Output and gradients of all parameters that get one."""
     x = x.detach().clone().requires_grad_()
-    with kernels.use(form):
+    with use_backend(backend):
         out = module(x, decay)
         out.float().square().mean().backward() if out.dtype is not torch.float64 else out.square().mean().backward()
     return [out.detach(), x.grad, *(p.grad for p in module.parameters() if p.grad is not None)]

@@ -1,8 +1,11 @@
 """vHeat: Building Vision Models upon Heat Conduction (arXiv 2405.16555, CVPR 2025), as an OpenMMLab backbone.
 
 Same function and state-dict keys as the reference release (MzeroMiko/vHeat). What differs: maps stay channels-last
-from the stem to the output norms, decay maps are cached at inference, stages after the last requested output do not
-exist.
+from the stem to the output norms, decay maps are kept at inference, stages after the last requested output are not
+built.
+
+Every module calls its submodules. Where nobody could notice (:func:`vheat_mm.models.plain.may_fuse`), kernels of
+:mod:`vheat_mm.ops` read their weights instead.
 
 Shapes: B batch, H x W map, C channels. Inside the network maps are (B, H, W, C); images and outputs are (B, C, H, W).
 """
@@ -13,37 +16,30 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from mmengine.logging import print_log
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, trunc_normal_init
+from mmengine.model.weight_init import trunc_normal_
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vheat_mm import ops
 from vheat_mm.models.arch import read_arch, read_out_indices
 from vheat_mm.models.feature_info import FeatureInfo
 from vheat_mm.models.load_weights import load_pretrained, resize_loaded_freq_embeds
+from vheat_mm.models.plain import declare, is_conv, may_fuse, why_not_plain
+from vheat_mm.ops.autograd import compute_dtype, needs_gradient, without_autocast
 from vheat_mm.ops.decay_cache import DecayCache
-from vheat_mm.ops.eager.onednn import compute_type
-from vheat_mm.ops.freq_embed import NUM_STAGES, fit_freq_embed, grid_sizes, resize_freq_embed, to_pair
-from vheat_mm.ops.reference import (
-    add_norm,
-    by_image,
-    by_position,
-    convolve,
-    decay_map,
-    decays_of,
-    embed_patches,
-    heat_norm_gate,
-    linear,
-    mlp,
-    norm_add,
-    split_linear,
-)
-from vheat_mm.ops.registry import forget_prepared, load_compiled
+from vheat_mm.ops.eager import onednn
+from vheat_mm.ops.freq_embed import NUM_STAGES, grid_sizes, resize_freq_embed, to_pair
+from vheat_mm.ops.reference import channels_first, decay_of
 
 
 class HeatConduction2d(nn.Module):
-    """Depthwise conv, split into signal and gate, heat conduction of the signal, norm, gate, projection.
+    """The Heat Conduction Operator (HCO), Section 3.3 of the paper.
+
+    Depthwise convolution, split into signal and gate, heat conduction of the signal, norm, gate, projection.
 
     Args:
         dim: Channels C of input and output.
@@ -59,14 +55,6 @@ class HeatConduction2d(nn.Module):
         self.out_norm = nn.LayerNorm(dim)
         self.out_linear = nn.Linear(dim, dim)
 
-    def decay(self, freq_embed: Tensor) -> Tensor:
-        """Decay of every mode and channel for FVEs of the map's size, (H, W, C) -> (H, W, C).
-
-        Computed in at least float32: ``w k`` spans several orders of magnitude and its exponential leaves float16.
-        """
-        k = cast(nn.Linear, self.to_k[0])
-        return decay_map(freq_embed, k.weight, k.bias)
-
     def forward(self, x: Tensor, decay: Tensor) -> Tensor:
         """Apply the operator.
 
@@ -77,16 +65,39 @@ class HeatConduction2d(nn.Module):
         Returns:
             Map (B, H, W, C).
         """
-        out = self.out_linear
-        return linear(self.mix(x, decay), out.weight, out.bias)
+        if may_fuse(x, self, HeatConduction2d):
+            return ops.linear(self.mix(x, decay), self.out_linear.weight, self.out_linear.bias)
+        x = self.dwconv(channels_first(x)).permute(0, 2, 3, 1)
+        x, gate = self.linear(x).chunk(2, dim=-1)
+        x = self.out_norm(ops.heat_conduction(x, decay)) * F.silu(gate)
+        return self.out_linear(x)
 
     def mix(self, x: Tensor, decay: Tensor) -> Tensor:
-        """The operator without its projection: everything that mixes positions, (B, H, W, C) -> (B, H, W, C)."""
-        x = convolve(x, self.dwconv)
-        signal, gate = split_linear(x, self.linear.weight, self.linear.bias)
-        del x  # its memory serves the next step
+        """:meth:`forward` by kernels, up to the projection: all that mixes positions, (B, H, W, C) -> (B, H, W, C)."""
         norm = self.out_norm
-        return heat_norm_gate(signal, gate, decay, norm.weight, norm.bias, norm.eps)
+        x = _convolve(self.dwconv, x)
+        signal, gate = ops.split_linear(x, self.linear.weight, self.linear.bias)
+        del x  # its memory serves the next op
+        return ops.heat_norm_gate_(signal, gate, decay, norm.weight, norm.bias, norm.eps)
+
+    def decay(self, freq_embed: Tensor) -> Tensor:
+        """Decay of every mode and channel for FVEs of the size of the map, (H, W, C) -> (H, W, C).
+
+        Computed in at least float32: ``w k`` spans several orders of magnitude and its exponential leaves float16.
+        """
+        if self.has_plain_decay(freq_embed):
+            k = cast(nn.Linear, self.to_k[0])
+            return ops.decay_map(freq_embed, k.weight, k.bias)
+        with without_autocast(freq_embed):
+            return decay_of(self.to_k(freq_embed))
+
+    def has_plain_decay(self, freq_embed: Tensor) -> bool:
+        """Whether kernels may stand for :attr:`to_k` as it was built."""
+        return may_fuse(freq_embed, self, HeatConduction2d) and (
+            why_not_plain(self.to_k, nn.Sequential) == ''
+            and len(self.to_k) == 2
+            and why_not_plain(self.to_k[0], nn.Linear) == why_not_plain(self.to_k[1], nn.ReLU) == ''
+        )
 
     def switch_to_deploy(self, freq_embed: Tensor) -> None:
         """Replace ``to_k`` by the constant decay ``k_exp`` (H, W, C), as the release's re-parameterisation does."""
@@ -95,69 +106,56 @@ class HeatConduction2d(nn.Module):
         del self.to_k
 
 
-class PointwiseConv(nn.Conv2d):
-    """1x1 convolution of a (B, H, W, C) map, computed as the matrix product it is; weights stay 4-D as released."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """A plain ``nn.Conv2d`` of a (B, H, W, C) map by a kernel."""
+    return ops.convolve(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 class Mlp(nn.Module):
-    """Two pointwise convolutions around an exact GELU, (B, H, W, C) -> (B, H, W, C)."""
+    """Two 1x1 convolutions around an exact GELU, (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = PointwiseConv(dim, hidden_dim)
-        self.fc2 = PointwiseConv(hidden_dim, dim)
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return mlp(x, self.fc1.weight, cast(Tensor, self.fc1.bias), self.fc2.weight, cast(Tensor, self.fc2.bias))
+        if may_fuse(x, self, Mlp) and self.is_pointwise():
+            return self.fused(x)
+        return self.fc2(F.gelu(self.fc1(channels_first(x)))).permute(0, 2, 3, 1)
+
+    def fused(self, x: Tensor) -> Tensor:
+        """:meth:`forward` by kernels, of a map or of rows (..., C)."""
+        return ops.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+    def is_pointwise(self) -> bool:
+        """Whether both convolutions treat every position alike, as built."""
+        return is_conv(self.fc1, 1, 1) and is_conv(self.fc2, 1, 1)
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): drops a residual branch per sample, rescales the kept ones."""
+    """Stochastic depth: drop whole samples of a batch, and scale up the rest.
+
+    Args:
+        drop_prob: Probability of dropping a sample.
+    """
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.drop_prob == 0.0:
+        if not self.is_active():
             return x
         keep = 1.0 - self.drop_prob
         mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
         return x * (mask / keep)
 
+    def is_active(self) -> bool:
+        return self.training and self.drop_prob > 0.0
+
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob:.3f}'
-
-
-class Stem(nn.Module):
-    """Image (B, H, W, in_channels) -> map (B, H/4, W/4, C), sides rounded up."""
-
-    def __init__(self, in_channels: int, dim: int) -> None:
-        super().__init__()
-        # The release permutes around each norm inside a sequential, hence the keys ``norm1.1`` and ``norm2.1``.
-        self.conv1 = nn.Conv2d(in_channels, dim // 2, 3, stride=2, padding=1)
-        self.norm1 = nn.Sequential(nn.Identity(), nn.LayerNorm(dim // 2, eps=1e-6))
-        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1)
-        self.norm2 = nn.Sequential(nn.Identity(), nn.LayerNorm(dim, eps=1e-6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return embed_patches(x, self.conv1, self.norm1, self.conv2, self.norm2)
-
-
-class Downsample(nn.Sequential):
-    """Map (B, H, W, C) -> (B, H/2, W/2, 2C), sides rounded up."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False), nn.LayerNorm(2 * dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self[1](convolve(x, cast(nn.Conv2d, self[0])))
 
 
 class Block(nn.Module):
@@ -168,7 +166,7 @@ class Block(nn.Module):
         mlp_ratio: Hidden over outer width of the MLP.
         drop_path: Probability of dropping a branch.
         post_norm: Norm after the operation instead of before it.
-        layer_scale: Initial value of the branches' learned scale, or ``None`` for no scale.
+        layer_scale: Initial value of the learned scale of the branches, or ``None`` for no scale.
     """
 
     def __init__(
@@ -192,33 +190,48 @@ class Block(nn.Module):
             self.gamma2 = nn.Parameter(torch.full((dim,), float(layer_scale)))
 
     def forward(self, x: Tensor, decay: Tensor) -> Tensor:
-        """Map (B, H, W, C) and this block's decay (H, W, C) -> map (B, H, W, C)."""
-        mixed = self.op.mix(x if self.post_norm else self.norm1(x), decay)
-        if self.training:  # stochastic depth must see whole samples
-            return self._finish(x, mixed)
-        return by_position(self._finish, x, mixed)
-
-    def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """All that looks at one position at a time: 2 x (..., C) -> (..., C)."""
-        out, norm1, norm2 = self.op.out_linear, self.norm1, self.norm2
-        branch = linear(mixed, out.weight, out.bias)
-        if not self.post_norm:
-            x, normed = add_norm(x, self.drop_path(branch), self.gamma1, norm2.weight, norm2.bias, norm2.eps)
-            return self._add(x, self.mlp(normed), self.gamma2)
-        if self.training and self.drop_path.drop_prob:
-            x = self._add(x, norm1(branch), self.gamma1)
-            return self._add(x, norm2(self.mlp(x)), self.gamma2)
-        x = norm_add(x, branch, self.gamma1, norm1.weight, norm1.bias, norm1.eps)
-        return norm_add(x, self.mlp(x), self.gamma2, norm2.weight, norm2.bias, norm2.eps)
+        """Map (B, H, W, C) and the decay of this block (H, W, C) -> map (B, H, W, C)."""
+        if self.fuses(x):
+            return self._fused(x, decay)
+        if self.post_norm:
+            x = self._add(x, self.norm1(self.op(x, decay)), self.gamma1)
+            return self._add(x, self.norm2(self.mlp(x)), self.gamma2)
+        x = self._add(x, self.op(self.norm1(x), decay), self.gamma1)
+        return self._add(x, self.mlp(self.norm2(x)), self.gamma2)
 
     def _add(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> Tensor:
         return x + self.drop_path(branch if gamma is None else gamma * branch)
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether kernels may stand for all submodules; otherwise those that can are fused on their own."""
+        return may_fuse(x, self, Block) and self.mlp.is_pointwise()
+
+    def _fused(self, x: Tensor, decay: Tensor) -> Tensor:
+        """:meth:`forward` by kernels."""
+        mixed = self.op.mix(x if self.post_norm else self.norm1(x), decay)
+        if self.drop_path.is_active():  # it must see whole samples
+            return self._fused_rows(x, mixed)
+        return ops.apply_to_rows(self._fused_rows, x, mixed)
+
+    def _fused_rows(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The pointwise rest of the block: 2 x (..., C) -> (..., C)."""
+        projection, norm1, norm2 = self.op.out_linear, self.norm1, self.norm2
+        branch = ops.linear(mixed, projection.weight, projection.bias)
+        if not self.post_norm:
+            branch = self.drop_path(branch)
+            x, normed = ops.add_norm(x, branch, self.gamma1, norm2.weight, norm2.bias, norm2.eps)
+            return self._add(x, self.mlp.fused(normed), self.gamma2)
+        if self.drop_path.is_active():
+            x = self._add(x, norm1(branch), self.gamma1)
+            return self._add(x, norm2(self.mlp.fused(x)), self.gamma2)
+        x = ops.norm_add(x, branch, self.gamma1, norm1.weight, norm1.bias, norm1.eps)
+        return ops.norm_add(x, self.mlp.fused(x), self.gamma2, norm2.weight, norm2.bias, norm2.eps)
 
 
 class Stage(nn.ModuleList):
     """Blocks of one resolution that share FVEs, and the downsampling behind them where another stage follows.
 
-    Blocks and downsampling are the list's items 0 .. depth, as in the released state dict.
+    Blocks and downsampling are the items 0 .. depth of the list, as in the released state dict.
     """
 
     def __init__(self, blocks: Sequence[Block], downsample: Downsample | None, with_cp: bool) -> None:
@@ -235,21 +248,17 @@ class Stage(nn.ModuleList):
             cache: Decay maps of resolutions seen before.
 
         Returns:
-            The blocks' output (B, H, W, C), and what the next stage takes.
+            The output of the blocks (B, H, W, C), and what the next stage takes.
         """
         size = (x.shape[1], x.shape[2])
         decays: list[Tensor] | None = None
         embed: Tensor | None = None
         if freq_embed is None:
             decays = self._deployed_decays(size)
-        elif self._may_cache(freq_embed):
-            sources, dtype = self._decay_sources(freq_embed), compute_type(x)  # half precision takes half the memory
-            build = lambda: [decay.to(dtype) for decay in self.decays(freq_embed, size)]  # noqa: E731
-            decays = cache.get((id(self), size, dtype), sources, build)
-        elif torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            decays = self.decays(freq_embed, size)
+        elif self._may_share_decays(freq_embed):
+            decays = self.decays(freq_embed, size, compute_dtype(x), cache)
         else:
-            embed = fit_freq_embed(freq_embed, size)
+            embed = ops.fit_freq_embed(freq_embed, size)
 
         def run_blocks(x: Tensor) -> Tensor:
             for index, block in enumerate(self.blocks):
@@ -260,7 +269,8 @@ class Stage(nn.ModuleList):
                     x = self._run(block, x, embed, decay)
             return x
 
-        x = run_blocks(x) if decays is None else by_image(run_blocks, x)
+        splits = decays is not None and ops.images_per_group(x) < len(x) and all(b.fuses(x) for b in self.blocks)
+        x = ops.apply_to_images(run_blocks, x) if splits else run_blocks(x)
         return x, self[self.depth](x) if len(self) > self.depth else x
 
     @property
@@ -268,27 +278,23 @@ class Stage(nn.ModuleList):
         """The stage without its downsampling."""
         return cast(list[Block], list(self)[: self.depth])
 
-    def decays(self, freq_embed: Tensor, size: tuple[int, int]) -> list[Tensor]:
-        """Decay maps (H, W, C) of all blocks for a map of ``size``."""
+    def decays(self, freq_embed: Tensor, size: tuple[int, int], dtype: torch.dtype, cache: DecayCache) -> list[Tensor]:
+        """Decay maps (H, W, C) of all blocks for a map of ``size``, in ``dtype``, from the cache where it has them."""
         layers = [cast(nn.Linear, block.op.to_k[0]) for block in self.blocks]
-        return decays_of(freq_embed, [k.weight for k in layers], [k.bias for k in layers], size)
+        weights, biases = [k.weight for k in layers], [k.bias for k in layers]
+        return ops.decay_maps(freq_embed, weights, biases, size, dtype, cache.handle)
 
     @staticmethod
     def _run(block: Block, x: Tensor, embed: Tensor | None, decay: Tensor | None) -> Tensor:
         # Under checkpointing the decay belongs inside: it is as large as the activations of one image.
         return block(x, block.op.decay(cast(Tensor, embed)) if decay is None else decay)
 
-    def _may_cache(self, freq_embed: Tensor) -> bool:
-        # A compiled graph cannot hold the cache; on the CPU an operator in it does (kernels/compiled.py).
-        if self.training or torch.compiler.is_compiling() or type(freq_embed) is not nn.Parameter:
+    def _may_share_decays(self, freq_embed: Tensor) -> bool:
+        """Whether the decays of all blocks may come from one op, without gradients and calls of ``to_k``."""
+        sources = [freq_embed, *(p for block in self.blocks for p in block.op.to_k.parameters())]
+        if needs_gradient(*sources):
             return False
-        return not (torch.is_grad_enabled() and any(p.requires_grad for p in self._decay_sources(freq_embed)))
-
-    def _decay_sources(self, freq_embed: Tensor) -> list[Tensor]:
-        return [
-            freq_embed,
-            *(p for block in self.blocks for p in block.op.to_k.parameters()),
-        ]
+        return all(type(b.op) is HeatConduction2d and b.op.has_plain_decay(freq_embed) for b in self.blocks)
 
     def _deployed_decays(self, size: tuple[int, int]) -> list[Tensor]:
         decays: list[Tensor] = [block.op.k_exp for block in self.blocks]
@@ -299,6 +305,53 @@ class Stage(nn.ModuleList):
                 f'{size[0]}x{size[1]}: resize the input, or deploy a fresh model with switch_to_deploy(size)'
             )
         return decays
+
+
+class Stem(nn.Module):
+    """Image (B, H, W, in_channels) -> map (B, H/4, W/4, C), sides rounded up."""
+
+    def __init__(self, in_channels: int, dim: int) -> None:
+        super().__init__()
+        # The release permutes around each norm inside a sequential, hence the keys ``norm1.1`` and ``norm2.1``.
+        self.conv1 = nn.Conv2d(in_channels, dim // 2, 3, stride=2, padding=1)
+        self.norm1 = nn.Sequential(nn.Identity(), nn.LayerNorm(dim // 2, eps=1e-6))
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1)
+        self.norm2 = nn.Sequential(nn.Identity(), nn.LayerNorm(dim, eps=1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if may_fuse(x, self, Stem) and self._is_as_built():
+            arguments: list = []
+            for conv, norm in ((self.conv1, self.norm1[1]), (self.conv2, self.norm2[1])):
+                arguments += [(conv.weight, conv.bias), (norm.weight, norm.bias), norm.eps]
+            return ops.embed_patches(x, *arguments)
+        x = F.gelu(self.norm1(self.conv1(channels_first(x)).permute(0, 2, 3, 1)))
+        return self.norm2(self.conv2(channels_first(x)).permute(0, 2, 3, 1))
+
+    def _is_as_built(self) -> bool:
+        norms = [self.norm1, self.norm2]
+        return all(is_conv(conv, 3, 2) for conv in (self.conv1, self.conv2)) and all(
+            len(n) == 2 and why_not_plain(n[0], nn.Identity) == why_not_plain(n[1], nn.LayerNorm) == '' for n in norms
+        )
+
+
+class Downsample(nn.Sequential):
+    """Map (B, H, W, C) -> (B, H/2, W/2, 2C), sides rounded up."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False), nn.LayerNorm(2 * dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if may_fuse(x, self, Downsample):
+            return self[1](_convolve(self[0], x))
+        return self[1](self[0](channels_first(x)).permute(0, 2, 3, 1))
+
+
+declare(HeatConduction2d, dwconv=nn.Conv2d, linear=nn.Linear, out_norm=nn.LayerNorm, out_linear=nn.Linear)
+declare(Mlp, fc1=nn.Conv2d, fc2=nn.Conv2d)
+declare(DropPath)
+declare(Block, norm1=nn.LayerNorm, op=HeatConduction2d, norm2=nn.LayerNorm, mlp=Mlp, drop_path=DropPath)
+declare(Stem, conv1=nn.Conv2d, norm1=nn.Sequential, conv2=nn.Conv2d, norm2=nn.Sequential)
+declare(Downsample, **{'0': nn.Conv2d})
 
 
 @MODELS.register_module()
@@ -372,7 +425,7 @@ class VHeat(BaseModule):
             self.add_module(f'outnorm{i}', nn.LayerNorm(self.num_features[i]))
 
         self.decay_cache = DecayCache()
-        load_compiled()
+        onednn.probe()
         self._initialize()
         self._register_load_state_dict_pre_hook(resize_loaded_freq_embeds, with_module=True)
         for module in self._frozen_modules():
@@ -380,7 +433,14 @@ class VHeat(BaseModule):
         self._freeze_embeddings()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Image (B, in_channels, H, W), H and W at least 1 -> tuple of maps, one per output index."""
+        """Image (B, in_channels, H, W), H and W at least 1 -> tuple of maps, one per output index.
+
+        Raises:
+            ValueError: No batch of images as a tensor.
+        """
+        if not isinstance(x, Tensor) or x.ndim != 4:
+            given = f'shape {tuple(x.shape)}' if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f'VHeat takes a batch of images as a tensor (B, C, H, W), got {given}')
         x = x.permute(0, 2, 3, 1)
         if not torch.compiler.is_compiling():
             x = x.contiguous()  # from here on every step between (B, C, H, W) and (B, H, W, C) is a view
@@ -466,29 +526,19 @@ class VHeat(BaseModule):
         return num_layers - 1, num_layers
 
     def train(self, mode: bool = True) -> VHeat:
-        """Set training mode; frozen parts stay in evaluation mode. Drops all that was derived from weights."""
+        """Set training mode; frozen parts stay in evaluation mode."""
         super().train(mode)
         for module in self._frozen_modules():
             module.eval()
-        self._drop_derived()
         return self
-
-    def _apply(self, fn, recurse: bool = True):
-        self._drop_derived()
-        return super()._apply(fn, recurse)
-
-    def _drop_derived(self) -> None:
-        self.decay_cache.clear()
-        forget_prepared(self.parameters())
 
     def _initialize(self) -> None:
         """Linear layers and FVEs truncated normal (0.02); norms 1 and 0; convolutions PyTorch's default."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                trunc_normal_init(module, std=0.02)
         for embed in self.freq_embed or ():
-            nn.init.trunc_normal_(embed, std=0.02)
+            trunc_normal_(embed, std=0.02)
 
     def _frozen_modules(self) -> list[nn.Module]:
         if self.frozen_stages < 0:

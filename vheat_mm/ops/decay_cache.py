@@ -1,79 +1,100 @@
-"""Decay maps of recently seen resolutions, for inference."""
+"""Decay maps of recently seen resolutions, for inference on CPUs."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+# Compiled graphs hold numbers, not objects: a graph names the cache of its model by its handle.
+_CACHES: WeakValueDictionary[int, DecayCache] = WeakValueDictionary()
+_handles = itertools.count()
+
 
 class _Entry(NamedTuple):
-    state: tuple
-    held: list[torch.UntypedStorage]
+    sources: list[Tensor]  # copies
     tensors: list[Tensor]
 
 
 class DecayCache:
-    """Least-recently-used store of tensors that derive from weights, bounded in bytes.
+    """Least-recently-used store of tensors that derive from weights, bounded in bytes; one per model.
 
-    An entry is returned only while every weight it was computed from is the very same tensor, unmodified: optimizer
-    steps, ``load_state_dict``, ``.to()`` and in-place edits all show in a tensor's address, type, device or version
-    counter. (An entry holds on to the memory it was computed from, lest another tensor come to lie at that address.)
-    Writes through ``.data`` show in none of these; models that are edited so (MMEngine swaps EMA weights that way) are
-    covered by :meth:`clear`, which :class:`~vheat_mm.VHeat` calls at every ``train()`` / ``eval()``.
+    An entry is returned only while the contents of every weight it was computed from are the same: it holds a
+    copy of them to compare with. Many writes leave no trace on a tensor (``.data``, fused
+    optimizers, shared memory, NumPy views), so nothing less than the contents is asked. Compiled graphs use the same
+    store.
 
     Args:
-        max_bytes: Bound of the sum of all entries; an entry that is larger on its own is never stored.
+        max_bytes: Bound of the sum of all entries, copies included; a larger entry is never stored.
     """
 
     def __init__(self, max_bytes: int = 512 * 2**20) -> None:
         self.max_bytes = max_bytes
         self.builds = 0  # entries computed since creation
+        self.handle = next(_handles)
+        _CACHES[self.handle] = self
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
-        self._lock = threading.RLock()  # compiled graphs of all threads share one cache
+        self._lock = threading.RLock()
 
     def get(self, key: Hashable, sources: Sequence[Tensor], build: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Return the entry for ``key``, building it anew if it is absent or a source has changed."""
-        if any(source.is_inference() for source in sources):
-            return build()  # such tensors keep no version: changes would go unseen
         with self._lock:
-            state = tuple((s.data_ptr(), s._version, s.dtype, s.device) for s in sources)
             entry = self._entries.get(key)
-            if entry is not None and entry.state == state:
+            if entry is not None and _are_equal(entry.sources, sources):
                 self._entries.move_to_end(key)
                 return entry.tensors
             # Entries outlive the mode they are built in: tensors of inference mode could not be used under autograd.
             with torch.inference_mode(False), torch.no_grad():
+                copies = [source.detach().clone() for source in sources]
                 tensors = build()
             self.builds += 1
-            # A CUDA graph under capture owns its memory and may reuse it at the next replay.
-            if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-                self._entries.pop(key, None)
-                self._entries[key] = _Entry(state, [s.untyped_storage() for s in sources], tensors)
-                while self.nbytes > self.max_bytes:
-                    self._entries.popitem(last=False)
+            self._entries.pop(key, None)
+            self._entries[key] = _Entry(copies, tensors)
+            while self.nbytes > self.max_bytes:
+                self._entries.popitem(last=False)
             return tensors
 
     @property
     def nbytes(self) -> int:
         """Bytes held by all entries."""
-        return sum(t.numel() * t.element_size() for entry in self._entries.values() for t in entry.tensors)
+        return sum(t.numel() * t.element_size() for entry in self._entries.values() for part in entry for t in part)
 
-    def clear(self, which: Callable[[Any], bool] = lambda key: True) -> None:
-        """Drop the entries whose key fits, by default all."""
+    def clear(self) -> None:
+        """Drop all entries."""
         with self._lock:
-            for key in [key for key in self._entries if which(key)]:
-                del self._entries[key]
+            self._entries.clear()
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __deepcopy__(self, memo: dict) -> DecayCache:
-        return DecayCache(self.max_bytes)  # entries belong to the original's weights
+        return DecayCache(self.max_bytes)  # a copy of a model computes its own
 
     def __reduce__(self) -> tuple:
         return (DecayCache, (self.max_bytes,))
+
+
+def fetch(handle: int, key: Hashable, sources: Sequence[Tensor], build: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """:meth:`DecayCache.get` of the cache with this handle; built without one where its model is gone."""
+    cache = _CACHES.get(handle)
+    return build() if cache is None else cache.get(key, sources, build)
+
+
+def _are_equal(copies: Sequence[Tensor], sources: Sequence[Tensor]) -> bool:
+    return len(copies) == len(sources) and all(
+        a.dtype is b.dtype and a.shape == b.shape and a.device == b.device and torch.equal(_as_bits(a), _as_bits(b))
+        for a, b in zip(copies, sources, strict=True)
+    )
+
+
+def _as_bits(x: Tensor) -> Tensor:
+    """``x`` as integers where that is a view: four times as fast to compare, and NaN equals itself."""
+    if not x.is_contiguous() or x.numel() * x.element_size() % 8:
+        return x
+    return x.detach().view(-1).view(torch.int64)

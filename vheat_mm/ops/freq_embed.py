@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vheat_mm.ops.registry import step
-
 RESIZE_MODES = ('pad', 'bicubic', 'bilinear')
 NUM_STAGES = 4
 
@@ -67,9 +65,3 @@ def resize_freq_embed(freq_embed: Tensor, size: tuple[int, int], mode: str = 'pa
     exact = freq_embed.to(torch.promote_types(freq_embed.dtype, torch.float32))
     resized = F.interpolate(exact.permute(2, 0, 1)[None], size=size, mode=mode, align_corners=False)
     return resized[0].permute(1, 2, 0).to(freq_embed.dtype)
-
-
-@step
-def fit_freq_embed(freq_embed: Tensor, size: tuple[int, int]) -> Tensor:
-    """FVEs (H, W, C) for a map of ``size``, as the network uses them: bicubic, (H', W', C) contiguous."""
-    return resize_freq_embed(freq_embed, size, mode='bicubic').contiguous()

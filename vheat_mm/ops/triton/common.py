@@ -6,15 +6,12 @@ Shapes: maps are (B, H, W, C); a row is one position's C channels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from vheat_mm.ops.eager.onednn import watched
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,24 +30,23 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 INTERPRETED = tl.constexpr(not isinstance(dot, triton.JITFunction))
 
 
-def runs(*tensors: Tensor | None) -> bool:
-    """Whether kernels can take these tensors, of which the first is the map: device, types, nobody watching."""
+def supports(*tensors: Tensor | None) -> bool | str:
+    """Whether kernels can take these tensors, of which the first is the map; otherwise why not."""
     x = tensors[0]
     assert x is not None
-    if not (_is_supported(x.device) or INTERPRETED.value) or x.numel() == 0 or watched(x):
-        return False
-    return all(t is None or (t.dtype in TYPES and t.device == x.device) for t in tensors)
+    if not (INTERPRETED.value or _is_supported(x.device)):
+        return f'{x.device} is not an NVIDIA GPU of compute capability 8.0 or later'
+    if x.numel() == 0:
+        return 'an empty map'
+    if any(t is not None and (t.dtype not in TYPES or t.device != x.device) for t in tensors):
+        return 'a tensor is on another device, or of another type than float32, bfloat16, float16'
+    return True
 
 
 @functools.cache
 def _is_supported(device: torch.device) -> bool:
     # Older GPUs lack bfloat16 and the shared memory that ``tiles`` counts on.
     return device.type == 'cuda' and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 8
-
-
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd is recording what is done to any of these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def launch(kernel: Any, programs: int, like: Tensor, *args: Any, **meta: Any) -> None:
@@ -60,11 +56,6 @@ def launch(kernel: Any, programs: int, like: Tensor, *args: Any, **meta: Any) ->
             kernel[(programs,)](*args, **meta)
     else:
         kernel[(programs,)](*args, **meta)
-
-
-def eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep PyTorch's compiler out of a function: it breaks its graph there."""
-    return torch.compiler.disable(function)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -1,27 +1,171 @@
-"""Cosine transforms of maps along one side, and the damping between those along H: launches of ``transform``'s kernels.
+"""Cosine transforms of maps along one side, and the damping between those along H.
 
-Shapes: maps are (B, H, W, C), decays (H, W, C). Modes of float16 maps are divided by :func:`scale` of each side.
+The operator is a product with a cosine basis along W, one along H, the damping, and the two products back. Along W and
+back are kernels of their own, since a program would have to hold a whole map to do all four. Along H, damping and back
+along H stay on the chip.
+
+Shapes: maps are (B, H, W, C), decays (H, W, C). Float16: modes of a constant map grow with its sides, so they are
+divided by :func:`scale` of each side, a power of two, which is 1 for other types. Bases are padded with zeros to whole
+tiles, so that their loads are wide and need no masks. Offsets between groups and images are 64-bit.
 """
 
 from __future__ import annotations
 
-import math
-from collections import OrderedDict
+import functools
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from vheat_mm.ops.dct import dct_matrix
+from vheat_mm.ops.reference import float16_scale
 from vheat_mm.ops.triton import tiles
-from vheat_mm.ops.triton.common import as_rows, launch, precision
-from vheat_mm.ops.triton.transform import (
-    conduct_backward_kernel,
-    conduct_kernel,
-    damp_backward_kernel,
-    transform_kernel,
-)
+from vheat_mm.ops.triton.common import as_rows, dot, launch, precision
 
-_BASES: OrderedDict[tuple, Tensor] = OrderedDict()
-_MAX_BASES = 512  # two per side length seen: 800x1333 detection needs about 120
+
+@triton.jit
+def transform_kernel(
+    x,
+    basis,
+    decay,
+    out,
+    size,
+    columns,
+    x_group,
+    x_row,
+    basis_row,
+    scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``scale * basis @ x``, times ``decay`` where given, group by group.
+
+    x: groups of (size, columns) whose groups and rows lie x_group and x_row apart; basis (size, size), padded, with
+    rows basis_row apart; decay (size, columns) or None; out (groups, size, columns). A program makes a tile of one
+    group.
+    """
+    tiles_m = tl.cdiv(size, BLOCK_M)
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    pid = tl.program_id(0)
+    group = (pid // (tiles_m * tiles_n)).to(tl.int64)
+    # Programs that read the same columns run side by side and share them in the cache.
+    m = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = pid // tiles_m % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    x += group * x_group
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, size, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a = tl.load(basis + m[:, None] * basis_row + k[None, :])
+        b = tl.load(x + k[:, None] * x_row + n[None, :], mask=(k < size)[:, None] & (n < columns)[None, :], other=0.0)
+        acc = dot(a, b, acc, PRECISION)
+    acc *= scale
+    mask = (m < size)[:, None] & (n < columns)[None, :]
+    offsets = m[:, None] * columns + n[None, :]
+    if decay is not None:
+        acc *= tl.load(decay + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + group * size * columns + offsets, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def conduct_kernel(
+    x,
+    basis,
+    decay,
+    out,
+    batch,
+    size,
+    columns,
+    scale,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``basis^T @ (decay * (basis @ x))`` of each image.
+
+    x, out (batch, size, columns), the same memory if wished; basis (size, size), padded to
+    (BLOCK_H, BLOCK_H); decay (size, columns). A program makes whole columns of one image.
+    """
+    pid = tl.program_id(0)
+    image = (pid % batch).to(tl.int64) * size * columns  # programs that share decays run side by side
+    h = tl.arange(0, BLOCK_H)
+    n = pid // batch * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets = h[:, None] * columns + n[None, :]
+    mask = (h < size)[:, None] & (n < columns)[None, :]
+    a = tl.load(basis + h[:, None] * BLOCK_H + h[None, :])
+    positions = tl.load(x + image + offsets, mask=mask, other=0.0)
+    zero = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+    modes = dot(a, positions, zero, PRECISION) * scale
+    modes *= tl.load(decay + offsets, mask=mask, other=0.0).to(tl.float32)
+    heat = dot(tl.trans(a), modes.to(a.dtype), zero, PRECISION) * (1.0 / scale)
+    tl.store(out + image + offsets, heat.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def conduct_backward_kernel(
+    x,
+    grad,
+    basis,
+    decay,
+    out,
+    partial,
+    batch,
+    size,
+    columns,
+    chunk,
+    scale,
+    correction,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What :func:`conduct_kernel` does, of ``grad``, and the decay's gradient: products of modes, summed over images.
+
+    x, grad, out (batch, size, columns), out None where not wanted, or grad's memory; partial (chunks, size, columns)
+    float32. A program does the same columns of ``chunk`` images, one after the other.
+    """
+    tiles = tl.cdiv(columns, BLOCK_N)
+    pid = tl.program_id(0)
+    first = pid // tiles * chunk
+    h = tl.arange(0, BLOCK_H)
+    n = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets = h[:, None] * columns + n[None, :]
+    mask = (h < size)[:, None] & (n < columns)[None, :]
+    a = tl.load(basis + h[:, None] * BLOCK_H + h[None, :])
+    zero = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+    acc = zero
+    for i in range(tl.minimum(chunk, batch - first)):
+        image = (first + i).to(tl.int64) * size * columns
+        modes = dot(a, tl.load(x + image + offsets, mask=mask, other=0.0), zero, PRECISION) * scale
+        grad_modes = dot(a, tl.load(grad + image + offsets, mask=mask, other=0.0), zero, PRECISION) * scale
+        acc += modes * grad_modes
+        if out is not None:
+            grad_modes *= tl.load(decay + offsets, mask=mask, other=0.0).to(tl.float32)
+            heat = dot(tl.trans(a), grad_modes.to(a.dtype), zero, PRECISION) * (1.0 / scale)
+            tl.store(out + image + offsets, heat.to(out.dtype.element_ty), mask=mask)
+    tl.store(partial + (pid // tiles).to(tl.int64) * size * columns + offsets, acc * correction, mask=mask)
+
+
+@triton.jit
+def damp_backward_kernel(x, grad, decay, out, batch, modes, correction, DAMP: tl.constexpr, BLOCK: tl.constexpr):
+    """The decay's gradient and, where DAMP, the damped gradient, for sides too long for the kernel above.
+
+    x, grad (batch, modes), grad damped in place; decay (modes,); out (modes,) float32.
+    """
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < modes
+    factor = tl.load(decay + offsets, mask=mask, other=0.0).to(tl.float32)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(batch):
+        g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) * g
+        if DAMP:
+            tl.store(grad + offsets, (g * factor).to(grad.dtype.element_ty), mask=mask)
+        x += modes
+        grad += modes
+    tl.store(out + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), acc * correction, mask=mask)
 
 
 def along_width(x: Tensor, inverse: bool = False) -> Tensor:
@@ -115,22 +259,19 @@ def _transform(
 
 def basis(n: int, like: Tensor, inverse: bool) -> Tensor:
     """Cosine basis (n, n) or its inverse in the type of ``like``, padded with zeros to whole tiles; computed once."""
-    from vheat_mm.ops.dct import dct_matrix  # which imports the dispatch
+    return _kept_basis(n, like.dtype, like.device, inverse)
 
-    key = (n, inverse, like.dtype, like.device)
-    if key in _BASES:
-        _BASES.move_to_end(key)
-        return _BASES[key]
-    side = tiles.padded_side(n)
-    matrix = dct_matrix(n, like.dtype)
-    padded = matrix.new_zeros(side, side)
-    padded[:n, :n] = matrix.mT if inverse else matrix
-    _BASES[key] = padded.to(like.device)
-    while len(_BASES) > _MAX_BASES:
-        _BASES.popitem(last=False)
-    return _BASES[key]
+
+@functools.lru_cache(maxsize=512)  # two for each length of a side: detection at 800x1333 needs about 120
+def _kept_basis(n: int, dtype: torch.dtype, device: torch.device, inverse: bool) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        side = tiles.padded_side(n)
+        matrix = dct_matrix(n, dtype)
+        padded = matrix.new_zeros(side, side)
+        padded[:n, :n] = matrix.mT if inverse else matrix
+        return padded.to(device)
 
 
 def scale(n: int, dtype: torch.dtype) -> float:
-    """Power of two that float16 modes of a side of length n are divided by: see ``vheat_mm.ops.reference._scale``."""
-    return 2.0 ** math.ceil(math.log2(n) / 2) if dtype is torch.float16 else 1.0
+    """Power of two that float16 modes of a side of length n are divided by; 1 for other types."""
+    return float16_scale(n) if dtype is torch.float16 else 1.0

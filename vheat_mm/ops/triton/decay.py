@@ -1,4 +1,4 @@
-"""Decay maps through a Triton kernel: the linear map, ReLU, frequencies and exponential in one."""
+"""Decay maps: the linear map, ReLU, frequencies and exponential in one kernel."""
 
 from __future__ import annotations
 
@@ -10,36 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vheat_mm.ops.autograd import once
+from vheat_mm.ops import reference
+from vheat_mm.ops.autograd import once_differentiable
+from vheat_mm.ops.library import custom_op
 from vheat_mm.ops.triton import tiles
-from vheat_mm.ops.triton.common import dot, eager, launch, needs_gradient, precision, runs
+from vheat_mm.ops.triton.common import dot, launch, precision, supports
 
 
-def takes_decay_map(freq_embed: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    return (
-        freq_embed.ndim == 3
-        and weight.ndim == 2
-        and freq_embed.shape[2:] == weight.shape[1:]
-        and bias.shape == weight.shape[:1]
-        and runs(freq_embed, weight, bias)
-    )
-
-
-@eager
-def decay_map(freq_embed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``exp(-w ReLU(freq_embed @ weight^T + bias))``, in float32 whatever the types.
-
-    Args:
-        freq_embed: Frequency value embeddings (H, W, C).
-        weight: (D, C).
-        bias: (D,).
-
-    Returns:
-        Factor of each mode (H, W, D).
-    """
-    if needs_gradient(freq_embed, weight, bias):
-        return _DecayMap.apply(freq_embed, weight, bias)
-    return _launch(freq_embed, weight, bias, None)
+def _supports(freq_embed: Tensor, weight: Tensor, bias: Tensor) -> bool | str:
+    if freq_embed.ndim != 3 or weight.ndim != 2 or freq_embed.shape[2:] != weight.shape[1:]:
+        return 'FVEs and weight do not fit'
+    if bias.shape != weight.shape[:1]:
+        return 'weight and bias do not fit'
+    return supports(freq_embed, weight, bias)
 
 
 @triton.jit
@@ -96,24 +79,50 @@ def decay_kernel(
     tl.store(out + offsets, result, mask=mask)
 
 
-class _DecayMap(torch.autograd.Function):
-    """Saves its inputs, which are parameters, and none of the maps."""
+@reference.decay_map.register('triton', _supports, compiled=True)
+def decay_map(freq_embed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See :func:`vheat_mm.ops.reference.decay_map`; in float32 whatever the types."""
+    return _decay_map(freq_embed, weight, bias)
 
-    @staticmethod
-    def forward(ctx: Any, freq_embed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(freq_embed, weight, bias)
-        return _launch(freq_embed, weight, bias, None)
 
-    @staticmethod
-    @once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        freq_embed, weight, bias = ctx.saved_tensors
-        needs_embed, needs_weight, needs_bias = ctx.needs_input_grad
-        grad = _launch(freq_embed, weight, bias, grad.contiguous()).flatten(0, 1)
-        with torch.autocast(grad.device.type, enabled=False):
-            grad_embed = (grad @ weight.float()).view(freq_embed.shape).to(freq_embed.dtype) if needs_embed else None
-            grad_weight = (grad.T @ freq_embed.flatten(0, 1).float()).to(weight.dtype) if needs_weight else None
-        return grad_embed, grad_weight, grad.sum(0).to(bias.dtype) if needs_bias else None
+@custom_op('triton_decay_map')
+def _decay_map(freq_embed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _launch(freq_embed, weight, bias, None)
+
+
+@_decay_map.register_fake
+def _(freq_embed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return freq_embed.new_empty(*freq_embed.shape[:2], weight.shape[0], dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    """Saves the inputs, which are parameters, and none of the maps."""
+    ctx.save_for_backward(*inputs)
+
+
+@once_differentiable
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    freq_embed, weight, bias = ctx.saved_tensors
+    needs_embed, needs_weight, needs_bias = ctx.needs_input_grad
+    grad = _decay_map_backward(grad, freq_embed, weight, bias).flatten(0, 1)
+    with torch.autocast(grad.device.type, enabled=False):
+        grad_embed = (grad @ weight.float()).view(freq_embed.shape).to(freq_embed.dtype) if needs_embed else None
+        grad_weight = (grad.T @ freq_embed.flatten(0, 1).float()).to(weight.dtype) if needs_weight else None
+    return grad_embed, grad_weight, grad.sum(0).to(bias.dtype) if needs_bias else None
+
+
+@custom_op('triton_decay_map_backward')
+def _decay_map_backward(grad: Tensor, freq_embed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The gradient of ``freq_embed @ weight^T + bias`` (H, W, D), in float32."""
+    return _launch(freq_embed, weight, bias, grad.contiguous())
+
+
+@_decay_map_backward.register_fake
+def _(grad: Tensor, freq_embed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape, dtype=torch.float32)
+
+
+_decay_map.register_autograd(_gradients, setup_context=_save)
 
 
 def _launch(freq_embed: Tensor, weight: Tensor, bias: Tensor, grad: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Sizes of the tiles that one program works on, and its warps.
 
 Chosen from the problem's sizes alone: timing candidates at run time would break CUDA graphs and make results depend on
-the machine's mood. Every choice fits the 99 KiB of shared memory that GPUs from compute capability 8.6 on have.
+the noise of autotuning. Every choice fits the 99 KiB of shared memory that GPUs from compute capability 8.6 on have.
 Products need sides of at least 16, and ranges are powers of two: smaller and other sizes are padded by masks.
 """
 

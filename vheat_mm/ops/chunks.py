@@ -1,0 +1,58 @@
+"""Calls of a function on parts of a map, so that what it makes in between stays in the cache of a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from vheat_mm.ops.eager import onednn
+from vheat_mm.ops.registry import get_backend
+
+# Fewer rows than this do not pay for reading the weights of a stage again.
+MIN_ROWS = 1024
+
+
+def apply_to_rows(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+    """``function(*maps)`` for a function that treats every position of its maps alike: (..., C) -> (..., C).
+
+    On the CPU without gradients it is called on some positions at a time, (M, C), and the result takes the memory of
+    the last map.
+    """
+    if not _splits(maps[0]) or not all(m.is_contiguous() and m.shape == maps[0].shape for m in maps):
+        return function(*maps)
+    if maps[0].numel() // max(1, maps[0].shape[-1]) <= onednn.group_rows(maps[0]):
+        return function(*maps)
+    for group in onednn.split_rows(*maps):
+        group[-1].copy_(function(*group))  # the rows of a contiguous map are its own memory
+    return maps[-1]
+
+
+def apply_to_images(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)`` for a function that treats every image of a batch alike: (B, H, W, C) -> (B, H, W, C).
+
+    On the CPU without gradients it is called on some images at a time.
+    """
+    images = images_per_group(x)
+    if images >= x.shape[0]:
+        return function(x)
+    results = None
+    for index, part in enumerate(x.split(images)):
+        result = function(part)
+        if results is None:
+            results = result.new_empty(x.shape)
+        results[index * images : index * images + len(part)] = result
+    return cast(Tensor, results)
+
+
+def images_per_group(x: Tensor) -> int:
+    """Images of a batch (B, H, W, C) to compute at a time: as many as stay in the cache and as a product needs."""
+    if not _splits(x):
+        return max(1, len(x))
+    return max(onednn.slices_per_group(x), -(-MIN_ROWS // max(1, x.shape[1] * x.shape[2])))
+
+
+def _splits(x: Tensor) -> bool:
+    return not torch.is_grad_enabled() and get_backend() != 'reference' and x.numel() > 0 and onednn.runs_on_cpu(x)
