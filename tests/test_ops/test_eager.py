@@ -173,7 +173,7 @@ def test_stem_in_strips(make_vheat, size):
         expected = stem(image)
     with registry.record() as chosen:
         found = stem(image)
-    assert chosen == [('embed_patches', 'fast')]
+    assert ('embed_patches', 'fast') in chosen
     assert error(found, expected.double()) < 1e-5
 
 
@@ -368,7 +368,7 @@ def test_compiled_graph_keeps_decays_until_weights_change(make_vheat):
     built = model.decay_cache.builds
     torch.testing.assert_close(graph(image), before)
     assert model.decay_cache.builds == built
-    op.to_k[0].bias.data += 1  # leaves no trace on the parameter
+    op.to_k[0].bias.data += 5  # leaves no trace on the parameter
     after = graph(image)
     assert model.decay_cache.builds == built + 1
     torch.testing.assert_close(after, copy.deepcopy(model)(image), rtol=1e-4, atol=1e-5)

@@ -39,15 +39,14 @@ def may_fuse(x: Tensor, module: nn.Module, cls: type[nn.Module]) -> bool:
         cls: Class that it is asked as.
     """
     if get_backend() == 'reference':
-        return False
-    if is_traced(x):
+        reason = 'the backend is reference'
+    elif is_traced(x):
         reason = 'something traces or transforms operations'
     elif not torch.compiler.is_compiling() and torch_module._has_any_global_hook():
         reason = 'there are global module hooks'
     else:
         reason = why_not_plain(module, cls)
-    if reason:
-        note(cls.__name__, f'calls its submodules: {reason}')
+    note(module, f'calls its submodules: {reason}' if reason else 'is computed by kernels')
     return not reason
 
 

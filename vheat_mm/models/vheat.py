@@ -92,9 +92,10 @@ class HeatConduction2d(nn.Module):
             return decay_of(self.to_k(freq_embed))
 
     def has_plain_decay(self, freq_embed: Tensor) -> bool:
-        """Whether kernels may stand for :attr:`to_k` as it was built."""
-        return may_fuse(freq_embed, self, HeatConduction2d) and (
-            why_not_plain(self.to_k, nn.Sequential) == ''
+        """Whether kernels may stand for :attr:`to_k`, which then is as it was built."""
+        return (
+            type(self) is HeatConduction2d
+            and may_fuse(freq_embed, self.to_k, nn.Sequential)
             and len(self.to_k) == 2
             and why_not_plain(self.to_k[0], nn.Linear) == why_not_plain(self.to_k[1], nn.ReLU) == ''
         )
@@ -291,10 +292,9 @@ class Stage(nn.ModuleList):
 
     def _may_share_decays(self, freq_embed: Tensor) -> bool:
         """Whether the decays of all blocks may come from one op, without gradients and calls of ``to_k``."""
-        sources = [freq_embed, *(p for block in self.blocks for p in block.op.to_k.parameters())]
-        if needs_gradient(*sources):
+        if not all(type(b.op) is HeatConduction2d and b.op.has_plain_decay(freq_embed) for b in self.blocks):
             return False
-        return all(type(b.op) is HeatConduction2d and b.op.has_plain_decay(freq_embed) for b in self.blocks)
+        return not needs_gradient(freq_embed, *(p for block in self.blocks for p in block.op.to_k.parameters()))
 
     def _deployed_decays(self, size: tuple[int, int]) -> list[Tensor]:
         decays: list[Tensor] = [block.op.k_exp for block in self.blocks]

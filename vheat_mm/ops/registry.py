@@ -36,7 +36,7 @@ HAS_CUSTOM_OPS = hasattr(torch, 'get_autocast_dtype') and hasattr(torch.library,
 _ORDER = {'fast': ('fast',), 'reference': (), 'triton': ('triton', 'fast')}
 
 _backend = 'fast'
-_record: list[tuple[str, str]] | None = None
+_record: list[tuple[Any, str]] | None = None
 
 
 class Kernel(NamedTuple):
@@ -128,8 +128,8 @@ def set_backend(backend: str, where: str = 'backend') -> str:
 
 
 @contextmanager
-def record() -> Iterator[list[tuple[str, str]]]:
-    """Note, for a block of code, (op, what computes it or why a kernel declined), in order; not for compiled code."""
+def record() -> Iterator[list[tuple[Any, str]]]:
+    """Note, for a block of eager code, (op or module, what computes it or why a kernel declined), in order."""
     global _record
     before, _record = _record, []
     try:
@@ -138,10 +138,10 @@ def record() -> Iterator[list[tuple[str, str]]]:
         _record = before
 
 
-def note(name: str, what: str) -> None:
+def note(who: Any, what: str) -> None:
     """Add a line to the running :func:`record`, if there is one."""
     if _record is not None:
-        _record.append((name, what))
+        _record.append((who, what))
 
 
 def is_traced(x: Tensor) -> bool:
