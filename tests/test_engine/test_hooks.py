@@ -140,7 +140,7 @@ class Heads(nn.Module):
 
 
 def test_heads_are_found():
-    found = {kind: (name, head.num_classes) for kind, (name, head) in class_heads(Heads()).items()}
+    found = {kind: (head.name, head.num_classes) for kind, head in class_heads(Heads()).items()}
     assert found == dict(gt_instances=('roi_head.bbox_head.0', 3), gt_sem_seg=('decode_head', 5), gt_label=('head', 2))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from vheat_mm.datasets.checks.json_stream import MalformedJsonError, iterate
 from vheat_mm.datasets.checks.masks import MaskTable
 from vheat_mm.datasets.checks.report import Finding
+from vheat_mm.utils.text import some_of
 
 _BATCH = 50_000
 _NUMBERS = {int, float}
@@ -181,7 +182,8 @@ def judge_coco(content: CocoContent, classes: tuple[str, ...], trains: bool, wit
         with_mask: Whether its masks are loaded.
     """
     yield from content.findings
-    yield from _judge_classes(content, classes)
+    if mismatch := compare_classes([name for _, name in content.categories], classes):
+        yield Finding(mismatch[0], content.path, mismatch[1])
     seen = set()
     for row, annotation in enumerate(content.annotation_ids):
         if annotation in seen:
@@ -205,13 +207,18 @@ def judge_coco(content: CocoContent, classes: tuple[str, ...], trains: bool, wit
                 yield Finding('image-without-annotation', content.path, image.file_name, image.id)
 
 
-def _judge_classes(content: CocoContent, classes: tuple[str, ...]) -> Iterator[Finding]:
-    names = [name for _, name in content.categories]
-    known = [name for name in names if name in set(classes)]
-    if absent := [name for name in classes if name not in known]:
-        yield Finding('classes-absent', content.path, f'its categories {_some(names)} lack {_some(absent)}')
-    elif known != list(classes):
-        yield Finding('classes-order', content.path, f'{_some(known)} there, {_some(list(classes))} in metainfo')
+def compare_classes(names: list[str], classes: tuple[str, ...]) -> tuple[str, str] | None:
+    """Kind of finding and text where the categories' names do not match ``metainfo.classes``."""
+    known = [name for name in names if name in classes]
+    if missing := [name for name in classes if name not in known]:
+        return 'classes-missing', f'its categories [{some_of(names)}] lack [{some_of(missing)}] of metainfo.classes'
+    if known != list(classes):
+        order = f'[{some_of(known)}], metainfo.classes in [{some_of(list(classes))}]'
+        return (
+            'classes-order',
+            f'its categories come in the order {order}; labels are numbered in the order of the file',
+        )
+    return None
 
 
 def _judge_boxes(
@@ -289,8 +296,3 @@ def _annotation_finding(content: CocoContent, kind: str, row: int, text: str | N
 
 def _size(size: Any) -> str:
     return f'{size[0]:g} x {size[1]:g}'
-
-
-def _some(items: list, limit: int = 6) -> str:
-    shown = ', '.join(map(str, items[:limit])) or 'none'
-    return f'[{shown}]' if len(items) <= limit else f'[{shown} and {len(items) - limit} more]'

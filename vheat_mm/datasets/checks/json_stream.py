@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,12 +17,15 @@ class MalformedJsonError(ValueError):
     """Not a JSON object, with line and column."""
 
 
-def iterate(path: str | Path, chunk: int = 1 << 22) -> Iterator[tuple[str, int | None, Any]]:
+def iterate(
+    path: str | Path, chunk: int = 1 << 22, parse_constant: Callable[[str], Any] | None = None
+) -> Iterator[tuple[str, int | None, Any]]:
     """Read a file that holds one JSON object, such as COCO's.
 
     Args:
         path: The file.
         chunk: Characters that are read at once.
+        parse_constant: Gives the value of ``NaN``, ``Infinity`` and ``-Infinity``, as in :func:`json.load`.
 
     Yields:
         For each value that is a list, its key, index and element; for any other, its key, ``None`` and the value. An
@@ -33,7 +36,7 @@ def iterate(path: str | Path, chunk: int = 1 << 22) -> Iterator[tuple[str, int |
         OSError: It cannot be read.
     """
     with Path(path).open(encoding='utf-8') as file:
-        reader = _Reader(file, chunk)
+        reader = _Reader(file, chunk, parse_constant)
         try:
             yield from reader.entries()
         except UnicodeDecodeError as error:
@@ -41,11 +44,11 @@ def iterate(path: str | Path, chunk: int = 1 << 22) -> Iterator[tuple[str, int |
 
 
 class _Reader:
-    def __init__(self, file: IO[str], chunk: int) -> None:
+    def __init__(self, file: IO[str], chunk: int, parse_constant: Callable[[str], Any] | None) -> None:
         self._file, self._chunk = file, chunk
         self._text, self._place, self._ended = '', 0, False
         self._before, self._column = 0, 0  # lines read and dropped, characters dropped of the line that goes on
-        self._decode = json.JSONDecoder().raw_decode
+        self._decode = json.JSONDecoder(parse_constant=parse_constant).raw_decode
 
     @property
     def line(self) -> int:

@@ -88,7 +88,7 @@ KINDS: dict[str, Kind] = {
     'json-malformed': Kind(_E, 'annotation file is no JSON', _NO_LIST, 'write the file again from its source'),
     'json-record': Kind(_E, 'entry has another form than COCO defines', _NO_LIST, 'correct or remove the entry'),
     'json-field-missing': Kind(_E, 'entry lacks a field', _NO_LIST, 'add the field; mmdet needs it'),
-    'classes-absent': Kind(
+    'classes-missing': Kind(
         _E, 'categories lack names of metainfo.classes', 'stops at its start', 'make the names alike, case included'
     ),
     'classes-order': Kind(
