@@ -252,7 +252,7 @@ TEXT_FAULTS: dict[str, Callable[[str], str]] = {
 }
 
 
-def make_biting_coco(folder: Path) -> dict[str, Path]:
+def make_corrupt_coco(folder: Path) -> dict[str, Path]:
     """Write a COCO data set below ``folder``: ``images/`` and ``annotations/*.json``, classes of :data:`CLASSES`.
 
     Returns:
@@ -319,7 +319,7 @@ MAP_FAULTS: dict[str, Callable[[], bytes] | None] = {
 }
 
 
-def make_biting_ade(folder: Path) -> dict[str, Path]:
+def make_corrupt_ade(folder: Path) -> dict[str, Path]:
     """Write a segmentation data set in ADE20K's layout: ``images/*.jpg``, ``annotations/*.png``, ``splits/*.txt``.
 
     For ``BaseSegDataset`` with ``reduce_zero_label=True`` and two classes. All images have the suffix ``.jpg``,
@@ -358,7 +358,7 @@ LABEL_FAULTS = {
 }
 
 
-def make_biting_folder(folder: Path) -> dict[str, Path]:
+def make_corrupt_folder(folder: Path) -> dict[str, Path]:
     """Write a classification data set: ``train/box`` (good), ``train/disc`` (good and broken), ``train/empty``.
 
     Returns:
