@@ -1,6 +1,6 @@
-"""Small data sets that hold one fault per file, beside good samples; helpers of tests, which hold no test themselves.
+"""Small data sets with one fault per file, beside good samples.
 
-Every fault is called the same wherever it appears: the image ``truncated_jpeg.jpg`` is also the sample of
+A fault has the same name in all of them: the image ``truncated_jpeg.jpg`` is also the sample of
 ``annotations/image_truncated_jpeg.json`` (COCO), of ``splits/truncated_jpeg.txt`` (ADE20K layout), and a file in
 ``train/disc/`` (one folder per class).
 """
@@ -47,7 +47,7 @@ def _truncated(form: str, share: float = 0.5) -> bytes:
 
 
 def _damaged_jpeg() -> bytes:
-    """A block of other bytes inside the pixels, as broken copies and disks leave; both ends are whole."""
+    """A block of random bytes inside the pixels, as after a disk error; both ends are intact."""
     content = bytearray(encode(picture(), 'JPEG'))
     block = np.random.default_rng(0).integers(0, 256, 300, dtype=np.uint8).tobytes()
     content[len(content) // 2 : len(content) // 2 + len(block)] = block
@@ -55,13 +55,13 @@ def _damaged_jpeg() -> bytes:
 
 
 def _stray_bytes() -> bytes:
-    """Bytes too many before the end, as some encoders write; the picture is whole."""
+    """Extraneous bytes before the end, as some encoders write; the image is intact."""
     content = encode(picture(), 'JPEG')
     return content[:-2] + b'\x01' * 60 + content[-2:]
 
 
 def _half_written_jpeg() -> bytes:
-    """Full length, zeros from the middle on, as an interrupted download into a preallocated file leaves."""
+    """Full length, but zeros from the middle on, as after an interrupted download into a preallocated file."""
     content = encode(picture(0, 240, 320), 'JPEG')
     return content[: len(content) // 2] + bytes(len(content) - len(content) // 2)
 
@@ -73,7 +73,7 @@ def _damaged_png() -> bytes:
 
 
 def _rotated() -> bytes:
-    """Stored 64 x 48, to be shown turned by a quarter: 48 x 64."""
+    """Stored as 64 x 48, to be shown rotated: 48 x 64."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return encode(picture(), 'JPEG', exif=exif)
@@ -95,7 +95,7 @@ def _alpha() -> bytes:
     return encode(np.concatenate([picture(), opaque], axis=2), 'PNG')
 
 
-# name -> suffix and content; ``None`` is a file that is not there
+# name -> suffix and content; ``None`` is a missing file
 IMAGE_FAULTS: dict[str, tuple[str, Callable[[], bytes] | None]] = {
     'missing': ('.jpg', None),
     'zero_bytes': ('.jpg', bytes),
@@ -116,16 +116,16 @@ IMAGE_FAULTS: dict[str, tuple[str, Callable[[], bytes] | None]] = {
     'palette': ('.png', lambda: encode(Image.fromarray(picture()).convert('P'), 'PNG')),
     'alpha': ('.png', _alpha),
 }
-# (width, height) of the files above that decode to anything but WIDTH x HEIGHT
+# (width, height) of the files above that are not WIDTH x HEIGHT once decoded
 SIZES = {'half_written_jpeg': (320, 240), 'one_pixel': (1, 1), 'wide': (20_000, 40)}
 
 
 def write_images(folder: Path, suffix: str | None = None) -> dict[str, Path]:
-    """Write the good images and those with faults; returns the path by name, of the missing one too.
+    """Write the good images and those with faults; returns the path by name, also of the missing one.
 
     Args:
-        folder: Made where it is missing.
-        suffix: For all files, whatever their format (decoders go by content); by default each has its own.
+        folder: Created if it does not exist.
+        suffix: For all files, whatever their format (decoders read the content); by default each has its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
@@ -199,7 +199,7 @@ def _mask(value: Any) -> Callable[[dict], Any]:
 
 
 NAN, INFINITY = float('nan'), float('inf')
-# name -> change of a good file; all but the last ones leave valid JSON
+# name -> change of a good file; the JSON stays valid
 ANNOTATION_FAULTS: dict[str, Callable[[dict], Any]] = {
     'no_annotations_of_image': lambda c: c['annotations'].pop(0),
     'no_annotations': lambda c: c['annotations'].clear(),
@@ -256,9 +256,9 @@ def make_corrupt_coco(folder: Path) -> dict[str, Path]:
     """Write a COCO data set below ``folder``: ``images/`` and ``annotations/*.json``, classes of :data:`CLASSES`.
 
     Returns:
-        Annotation files by name: ``good`` (good images only), ``images`` (good images and every broken one),
+        Annotation files by name: ``good`` (good images only), ``images`` (good images and every corrupt one),
         ``image_<fault>`` (good images and that one) for each of :data:`IMAGE_FAULTS`, and ``<fault>`` (good images,
-        the first one's annotation broken) for each of :data:`ANNOTATION_FAULTS` and :data:`TEXT_FAULTS`.
+        the first annotation changed) for each of :data:`ANNOTATION_FAULTS` and :data:`TEXT_FAULTS`.
     """
     images = write_images(folder / 'images')
     (folder / 'annotations').mkdir(parents=True, exist_ok=True)
@@ -327,7 +327,7 @@ def make_corrupt_ade(folder: Path) -> dict[str, Path]:
 
     Returns:
         Files for ``ann_file``, by name: ``good``, ``all``, and for each of :data:`IMAGE_FAULTS` and
-        :data:`MAP_FAULTS` the good samples and the broken one.
+        :data:`MAP_FAULTS` the good samples and the corrupt one.
     """
     images = write_images(folder / 'images', '.jpg')
     maps = folder / 'annotations'
@@ -359,20 +359,20 @@ LABEL_FAULTS = {
 
 
 def make_corrupt_folder(folder: Path) -> dict[str, Path]:
-    """Write a classification data set: ``train/box`` (good), ``train/disc`` (good and broken), ``train/empty``.
+    """Write a classification data set: ``train/box`` (good), ``train/disc`` (good and corrupt), ``train/empty``.
 
     Returns:
         Files for ``ann_file`` below ``meta/`` (paths below ``train/`` and labels of :data:`CLASSES`), by name:
         ``good``, ``all``, and for each of :data:`IMAGE_FAULTS` and :data:`LABEL_FAULTS` the good samples and the
-        broken one.
+        corrupt one.
     """
     good = write_good(folder / 'train' / 'box')
     paths = write_images(folder / 'train' / 'disc')
     (folder / 'train' / 'empty').mkdir(exist_ok=True)
     lines = [f'box/{path.name} 0' for path in good] + [f'disc/{paths[name].name} 1' for name in GOOD]
-    broken = {name: [f'disc/{paths[name].name} 1'] for name in IMAGE_FAULTS}
-    lists = dict(good=lines, all=[*lines, *(line for part in broken.values() for line in part)])
-    lists |= {name: [*lines, *part] for name, part in (broken | LABEL_FAULTS).items()}
+    corrupt = {name: [f'disc/{paths[name].name} 1'] for name in IMAGE_FAULTS}
+    lists = dict(good=lines, all=[*lines, *(line for part in corrupt.values() for line in part)])
+    lists |= {name: [*lines, *part] for name, part in (corrupt | LABEL_FAULTS).items()}
     return _write_lists(folder / 'meta', lists)
 
 

@@ -1,4 +1,4 @@
-"""Time and memory of ``tools/misc/check_dataset.py`` on a made data set of COCO's size.
+"""Time and memory of ``tools/misc/check_dataset.py`` on a generated data set of COCO's size.
 
     python tools/analysis_tools/benchmark_data_check.py --out work_dirs/data_check
 
@@ -33,7 +33,7 @@ train_dataloader = dict(dataset=dict(
 
 
 def make_data(root: Path, images: int) -> None:
-    """Write the data set; its JPEGs take about as many bytes as photographs of their size."""
+    """Write the data set; its JPEGs are about as large as photographs of their size."""
     rng = np.random.default_rng(0)
     (root / 'images').mkdir(parents=True)
     for i in range(JPEGS):

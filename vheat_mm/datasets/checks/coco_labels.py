@@ -61,8 +61,11 @@ def check_coco_file(path: str, classes: tuple[str, ...]) -> None:
 def _locate(constant: str, key: str, index: int | None, entry: Any) -> str:
     if key != 'annotations' or not isinstance(entry, dict):
         return f'{key} holds {constant}' if index is None else f'{key}[{index}] holds {constant}'
-    field, found = next((name, word) for name, value in entry.items() for word in _NOT_FINITE.findall(repr(value)))
-    return f'annotation {entry.get("id")} of image {entry.get("image_id")} has {found} in its {field}'
+    place = f'annotation {entry.get("id")} of image {entry.get("image_id")}'
+    for field, value in entry.items():
+        if found := _NOT_FINITE.search(repr(value)):
+            return f'{place} has {found[0]} in its {field}'
+    return f'{place} holds {constant}'
 
 
 _NOT_FINITE = re.compile(r'\b(?:nan|inf)\b')
