@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         '--show', type=int, default=20, metavar='N', help='findings of a kind that are printed (default: 20; 0: all)'
     )
     parser.add_argument('--strict', action='store_true', help='exit with 1 on warnings, too')
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)  # read_config expects the arguments of tools/train.py
+    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)  # read_config expects those of tools/train.py
     args = parser.parse_args(argv)
     for name, least in (('workers', 1), ('limit', 1), ('show', 0)):
         value = getattr(args, name)

@@ -17,6 +17,7 @@ from vheat_mm.datasets.checks.json_stream import MalformedJsonError
 from vheat_mm.datasets.checks.label_maps import MapRule
 from vheat_mm.datasets.checks.report import Finding
 from vheat_mm.utils.errors import describe
+from vheat_mm.utils.text import some_of
 
 Note = Callable[[Finding], None]
 
@@ -140,8 +141,9 @@ class _Labels:
         limit = self._part.num_classes
         wrong = [value for value in labels if value < 0 or (limit is not None and value >= limit)]
         if wrong:
-            text = f'label {", ".join(map(str, wrong))}' + (f', {text}' if text else '')
-            self._note(Finding('label-out-of-range', path, f'{text}; classes are 0 .. {(limit or 0) - 1}'))
+            text = f'label {some_of(wrong)}' + (f', {text}' if text else '')
+            classes = f'; classes are 0 .. {limit - 1}' if limit else ''
+            self._note(Finding('label-out-of-range', path, text + classes))
 
     def finish(self, path: str) -> None:
         """Report classes without samples."""
