@@ -20,59 +20,14 @@ from vheat_mm.datasets.checks.kinds import KINDS
 from vheat_mm.datasets.checks.report import Report
 from vheat_mm.utils.errors import AnnotationError
 
-ANNOTATIONS = {
-    'good': set(),
-    'no_annotations_of_image': {'image-without-annotation'},
-    'no_annotations': {'no-usable-annotation', 'image-without-annotation'},
-    'no_annotations_key': {'no-usable-annotation', 'image-without-annotation'},
-    'no_images': {'dataset-empty'},
-    'box_outside': {'box-outside'},
-    'box_partly_outside': {'box-beyond-edge'},
-    'box_zero_size': {'box-degenerate'},
-    'box_negative_size': {'box-negative'},
-    'box_below_one_pixel': {'box-degenerate'},
-    'box_nan': {'box-not-finite'},
-    'box_infinite': {'box-not-finite'},
-    'box_three_numbers': {'box-malformed'},
-    'box_text': {'box-malformed'},
-    'box_missing': {'json-field-missing'},
-    'area_zero': {'area-not-positive'},
-    'area_missing': {'json-field-missing'},
-    'polygon_two_points': {'polygon-dropped'},
-    'polygon_odd': {'polygon-dropped'},
-    'polygon_outside': {'mask-outside'},
-    'polygon_partly_outside': {'mask-beyond-edge'},
-    'polygon_nan': {'mask-not-finite'},
-    'polygon_flat': {'mask-malformed'},
-    'mask_missing': {'mask-missing'},
-    'mask_empty': {'mask-missing'},
-    'rle_wrong_size': {'rle-size'},
-    'rle_wrong_sum': {'rle-sum'},
-    'rle_without_size': {'rle-without-size'},
-    'rle_garbage': {'mask-malformed'},
-    'category_unknown': {'category-unknown'},
-    'category_missing': {'json-field-missing'},
-    'annotation_of_no_image': {'annotation-without-image', 'image-without-annotation'},
-    'image_id_missing': {'json-field-missing', 'image-without-annotation'},
-    'annotation_id_missing': {'json-field-missing'},
-    'duplicate_annotation_id': {'duplicate-annotation-id'},
-    'duplicate_image_id': {'duplicate-image-id'},
-    'duplicate_file': {'image-without-annotation'},  # the rest shows when all data sets are known
-    'size_wrong': set(),  # likewise, when images are decoded
-    'size_swapped': set(),
-    'size_zero': {'size-not-positive'},
-    'size_missing': {'json-field-missing'},
-    'file_name_missing': {'json-field-missing'},
-}
-
-STOPS_IN_SET_UP = [name for name, kinds in ANNOTATIONS.items() if any('builds' in KINDS[kind].effect for kind in kinds)]
-
-LEARNED_AS_BACKGROUND = [
-    n for n, kinds in ANNOTATIONS.items() if any('learned as background' in KINDS[k].effect for k in kinds)
-]
+ANNOTATIONS = {name: kinds for name, (_, kinds) in corrupt_data.ANNOTATION_FAULTS.items()} | {'good': set()}
 
 
-@pytest.mark.parametrize('name', [*corrupt_data.ANNOTATION_FAULTS, 'good'])
+def names_by_effect(words: str) -> list[str]:
+    return [name for name, kinds in ANNOTATIONS.items() if any(words in KINDS[kind].effect for kind in kinds)]
+
+
+@pytest.mark.parametrize('name', ANNOTATIONS)
 def test_annotations(coco, name):
     content = read_coco(str(coco[name]))
     findings = list(judge_coco(content, corrupt_data.CLASSES, trains=True, with_mask=True))
@@ -150,22 +105,22 @@ def test_malformed_json(coco, name, text):
     assert re.match(text, report.kept['json-malformed'][0].value)
 
 
-@pytest.mark.parametrize('name', STOPS_IN_SET_UP + list(corrupt_data.TEXT_FAULTS))
+def build_coco(ann_file: Path, filter_cfg: dict | None):
+    cocos = pytest.importorskip('mmdet.datasets.coco')
+    init_default_scope('mmdet')
+    fields = {key: DETECTION[key] for key in ('metainfo', 'data_prefix')}
+    return cocos.CocoDataset(ann_file=str(ann_file), filter_cfg=filter_cfg, **fields)
+
+
+@pytest.mark.parametrize('name', [*names_by_effect('builds'), *corrupt_data.TEXT_FAULTS])
 def test_mmdet_stops_where_the_table_says_so(coco, name, capsys):
-    cocos = pytest.importorskip('mmdet.datasets.coco')
-    init_default_scope('mmdet')
-    fields = {key: value for key, value in DETECTION.items() if key not in ('scope', 'type', 'pipeline')}
     with pytest.raises((KeyError, ValueError, TypeError, AssertionError)):
-        cocos.CocoDataset(ann_file=str(coco[name]), filter_cfg=dict(filter_empty_gt=True), **fields)
+        build_coco(coco[name], dict(filter_empty_gt=True))
 
 
-@pytest.mark.parametrize('name', LEARNED_AS_BACKGROUND)
+@pytest.mark.parametrize('name', names_by_effect('learned as background'))
 def test_mmdet_drops_boxes_where_the_table_says_so(coco, name, capsys):
-    cocos = pytest.importorskip('mmdet.datasets.coco')
-    init_default_scope('mmdet')
-    fields = {key: value for key, value in DETECTION.items() if key not in ('scope', 'type', 'pipeline')}
-    data = cocos.CocoDataset(ann_file=str(coco[name]), filter_cfg=None, **fields)
-    assert data.get_data_info(0)['instances'] == []
+    assert build_coco(coco[name], None).get_data_info(0)['instances'] == []
 
 
 def test_run_lengths_are_those_of_pycocotools():

@@ -16,38 +16,8 @@ from vheat_mm.datasets.checks.images import ImageJob, Loader, examine_image
 from vheat_mm.datasets.checks.label_maps import MapRule, judge_labels, learned_class
 from vheat_mm.datasets.checks.report import Report
 
-IMAGES = {
-    'missing': {'file-missing'},
-    'zero_bytes': {'file-empty'},
-    'no_image': {'not-an-image'},
-    'truncated_jpeg': {'image-truncated'},
-    'truncated_png': {'image-truncated'},
-    'half_written_jpeg': {'image-truncated'},
-    'damaged_jpeg': {'image-corrupt'},
-    'damaged_png': {'image-corrupt'},
-    'stray_bytes': {'image-extraneous-bytes'},
-    'bomb': {'image-too-large'},
-    'one_pixel': {'image-tiny'},
-    'grayscale': {'image-grayscale'},
-    'sixteen_bit': {'image-grayscale', 'image-16-bit'},
-    'cmyk': {'image-cmyk'},
-    'rotated': {'image-rotated'},
-    'wide': {'image-narrow'},
-    'palette': {'image-palette'},
-    'alpha': {'image-alpha'},
-}
-
-MAPS = {
-    'map_missing': {'file-missing'},
-    'map_zero_bytes': {'file-empty'},
-    'map_no_image': {'not-an-image'},
-    'map_truncated': {'image-truncated'},
-    'map_value_too_high': {'map-values'},
-    'map_other_size': {'map-size'},
-    'map_three_channels': {'map-channels'},
-    'map_sixteen_bit': {'map-16-bit'},
-    'map_unlabelled': {'map-all-ignored'},
-}
+IMAGES = {name: kinds for name, (_, _, kinds) in corrupt_data.IMAGE_FAULTS.items()}
+MAPS = {name: kinds for name, (_, kinds) in corrupt_data.MAP_FAULTS.items() if kinds}
 
 
 def by_stem(report: Report) -> dict[str, set[str]]:
