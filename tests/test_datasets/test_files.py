@@ -55,6 +55,12 @@ def test_images_and_label_maps_of_a_segmentor(ade):
     assert '200 on 16 pixels, outside 1 .. 2' in report.kept['map-values'][0].value
 
 
+def test_label_maps_in_a_named_storage(ade):
+    local = dict(backend_args=dict(backend='local'))
+    pipeline = [dict(type='LoadImageFromFile', **local), dict(type='LoadAnnotations', **local)]
+    assert not check('mmseg', train=dataset(SEGMENTATION, ade['good'], pipeline=pipeline)).counts
+
+
 def test_good_samples_have_no_findings(coco, ade, folders):
     for scope, base, files in (
         ('mmdet', DETECTION, coco),

@@ -16,7 +16,7 @@ from rich.progress import track
 
 from vheat_mm.datasets.checks.datasets import Part, find_parts
 from vheat_mm.datasets.checks.images import ImageFacts, ImageJob, examine_image, set_up_worker
-from vheat_mm.datasets.checks.label_maps import MapJob, MapRule, examine_map
+from vheat_mm.datasets.checks.label_maps import MapJob, examine_map
 from vheat_mm.datasets.checks.pool import WorkerCrash, run_jobs
 from vheat_mm.datasets.checks.report import Finding, Report
 from vheat_mm.datasets.checks.samples import Sample, list_samples
@@ -40,7 +40,7 @@ class _Files:
 
     def __init__(self) -> None:
         self.images: dict[str, list[_Use]] = {}
-        self.maps: dict[tuple[str, MapRule], str] = {}  # with the path of the image
+        self.maps: dict[tuple[str, str], tuple[MapJob, str]] = {}  # by path and rule: the job, the path of the image
         self.sizes: dict[str, tuple[int, int] | None] = {}  # of images with a label map, once decoded
         self._in_config: dict[str, str] = {}  # path as the data set has it, where it is another than the key
 
@@ -49,7 +49,8 @@ class _Files:
         self.images.setdefault(image, []).append(_Use(part, sample.image_id, sample.size, sample.label))
         if sample.label_map is not None:
             path, rule = sample.label_map
-            self.maps.setdefault((self._key(path), rule), image)
+            key = self._key(path)
+            self.maps.setdefault((key, repr(rule)), (MapJob(key, rule), image))  # a rule may hold a dict
             self.sizes[image] = None
 
     def shown(self, key: str) -> str:
@@ -144,11 +145,11 @@ def _check_images(files: _Files, parts: list[Part], workers: int) -> Iterator[Fi
 
 
 def _check_maps(files: _Files, workers: int) -> Iterator[Finding]:
-    jobs = (MapJob(path, rule) for path, rule in files.maps)
+    jobs = (job for job, _ in files.maps.values())
     for job, facts in _examine(examine_map, jobs, len(files.maps), 'label maps', workers):
         path = files.shown(job.path)
         yield from (Finding(kind, path, f'{text} (label map)'.strip()) for kind, text in facts.faults)
-        image = files.maps[job.path, job.rule]
+        _, image = files.maps[job.path, repr(job.rule)]
         size = files.sizes[image]
         if size is not None and facts.size is not None and size != facts.size:
             text = f'{facts.size[0]} x {facts.size[1]}, its image {size[0]} x {size[1]}'
