@@ -27,14 +27,18 @@ class Kind(NamedTuple):
 
 _STOPS = 'stops when the sample is loaded, or skips it with SkipBrokenSamplesHook'
 _STOPS_AT_LABEL = 'stops at the first batch with it, or skips the sample with SkipBrokenSamplesHook'
+_AT_START = 'stops at its start'
 _NOT_BUILT = 'stops while it builds the data set'
-_COPY = 'copy the file again from its source, or remove it from the data set'
 _DROPPED = 'drops the box silently; its object is learned as background'
+_KILLED = 'is killed: pycocotools allocates memory without limit, which no hook can catch'
+_COPY = 'copy the file again from its source, or remove it from the data set'
 _CORRECT = 'correct or remove the annotation'
-_CHECK_SIZE = 'check whether the size of the image is right'
 _CHECK = 'check whether that is intended'
-_ENCODE = 'encode the mask again'
+_CHECK_SIZE = 'check whether the size of the image is right'
+_ENCODE = 'encode the mask again, at the size of the image'
+_FILE_SIZE = 'write the size of the image file; if it was scaled or rotated, transform its annotations alike'
 _REMOVE_SAMPLE = 'remove the sample from the data set'
+_VALUES = 'correct the map, add the classes, or set the pixels to 255 (reduce_zero_label=True subtracts one from all)'
 
 _ERRORS = {
     # --- any file
@@ -44,16 +48,12 @@ _ERRORS = {
     'not-an-image': ('file is no image', _STOPS, _COPY),
     'image-truncated': ('image is truncated', 'stops, or with OpenCV 4 learns from an image whose end is grey', _COPY),
     'image-corrupt': ('pixels are corrupt', 'stops, or learns from a corrupt image (JPEG)', _COPY),
-    'image-too-large': (
-        'image states more pixels than a loader should decode',
-        'stops, or runs out of memory',
-        'scale the image down, or remove it from the data set',
-    ),
+    'image-too-large': ('image is too large to decode', 'stops, or runs out of memory', 'scale the image down'),
     'decoder-crash': ('decoding crashed or took too long', 'its data-loader worker crashes', _COPY),
     'image-resized-to-zero': (
-        'image is so narrow that Resize leaves no pixel',
+        'image so narrow that Resize leaves no pixel',
         'stops in cv2.resize',
-        'crop the image, or remove it from the data set',
+        'crop or remove it',
     ),
     # --- any data set
     'dataset-unreadable': ('data set cannot be built', _NOT_BUILT, 'see the message'),
@@ -63,86 +63,42 @@ _ERRORS = {
     'json-malformed': ('annotation file is no JSON', _NOT_BUILT, 'write the file again from its source'),
     'json-entry-malformed': ('entry does not have the form of COCO', _NOT_BUILT, 'correct or remove the entry'),
     'json-field-missing': ('entry lacks a field', _NOT_BUILT, 'add the field; mmdet needs it'),
-    'classes-missing': (
-        'categories lack names of metainfo.classes',
-        'stops at its start',
-        'make the names alike, spelling and case included',
-    ),
-    'classes-order': (
-        'categories and metainfo.classes have different orders',
-        'stops at its start',
-        'bring metainfo.classes into the order of the file',
-    ),
-    'no-usable-annotation': (
-        'no annotation can be used',
-        _NOT_BUILT,
-        'check image ids, categories and metainfo.classes',
-    ),
-    'duplicate-image-id': (
-        'several images with one id',
-        'uses the last one, with the boxes of all',
-        'give each image its own id',
-    ),
+    'classes-missing': ('categories lack names of metainfo.classes', _AT_START, 'make the names alike, case included'),
+    'classes-order': ('categories are in another order than metainfo.classes', _AT_START, 'use the order of the file'),
+    'no-usable-annotation': ('no annotation can be used', _NOT_BUILT, 'check image ids, categories, metainfo.classes'),
+    'duplicate-image-id': ('several images with one id', 'uses the last, with the boxes of all', 'number them again'),
     'duplicate-annotation-id': ('several annotations with one id', _NOT_BUILT, 'number the annotations again'),
-    'size-not-positive': (
-        'width or height of an image is not positive',
-        'drops all its boxes',
-        'write the size of the image file',
-    ),
-    'size-differs': (
-        'width and height differ from those of the decoded image',
-        'clips boxes at the wrong edge; they may be misplaced',
-        'write the size of the image file; if it was scaled or rotated, transform its annotations in the same way',
-    ),
+    'size-not-positive': ('width or height of an image is not positive', 'drops all its boxes', _FILE_SIZE),
+    'size-differs': ('width and height are not those of the image file', 'clips boxes at the wrong edge', _FILE_SIZE),
     'category-unknown': (
         'category_id that is not among the categories',
-        'stops at its start',
+        _AT_START,
         'correct the id, or add the category and raise num_classes',
     ),
     'box-malformed': ('bbox is not a list of four numbers', _NOT_BUILT, 'write [x, y, width, height]'),
     'box-not-finite': ('bbox holds NaN or infinity', 'drops or clips the box silently', _CORRECT),
     'box-negative': ('bbox of negative size', _DROPPED, 'write [x, y, width, height], not two corners'),
     'box-outside': ('bbox entirely outside the image', _DROPPED, 'correct it, or the size of the image'),
-    'area-not-positive': (
-        'area of an annotation is not positive though its box is',
-        _DROPPED,
-        'write the area of the mask or of the box',
-    ),
+    'area-not-positive': ('area is not positive though the bbox is', _DROPPED, 'write the area of the mask or the box'),
     'mask-missing': ('segmentation is missing, but loaded', _STOPS, 'add it, or set with_mask=False'),
     'mask-malformed': ('segmentation of unknown form', _STOPS, 'write [[x1, y1, x2, y2, ...], ...] or an RLE'),
-    'mask-not-finite': (
-        'polygon with NaN, infinity or coordinates beyond 100 000',
-        'is killed: pycocotools allocates memory without limit, which no hook can catch',
-        _CORRECT,
-    ),
+    'mask-not-finite': ('polygon with NaN, infinity or coordinates beyond 100 000', _KILLED, _CORRECT),
     'mask-outside': ('mask entirely outside the image', 'learns an empty mask', 'correct it, or the size of the image'),
-    'rle-size': ('RLE of another size than the image', _STOPS, f'{_ENCODE} at the size of the image'),
+    'rle-size': ('RLE of another size than the image', _STOPS, _ENCODE),
     'rle-sum': ('RLE whose runs do not add up to the image', 'learns a mask that is partly noise', _ENCODE),
     # --- label maps
-    'map-values': (
-        'label map with values outside the classes',
-        _STOPS_AT_LABEL,
-        'correct the map, add the classes, or set the pixels to 255 (reduce_zero_label=True subtracts one from all)',
-    ),
+    'map-values': ('label map with values outside the classes', _STOPS_AT_LABEL, _VALUES),
     'map-size': (
         'label map of another size than its image',
         'learns wrong labels: crops and padding hide it',
         'resize the map (nearest neighbour), or find its image',
     ),
-    'map-channels': (
-        'label map with several channels',
-        'stops, or reads colours as classes',
-        'write class numbers in one channel',
-    ),
+    'map-channels': ('label map with several channels', 'stops, or reads colours as classes', 'write one channel'),
     'map-16-bit': ('label map with values over 255', 'learns wrong labels from the lower 8 bits', 'write 8 bits'),
     'map-one-pixel-wide': ('label map one pixel wide or high', _STOPS, _REMOVE_SAMPLE),
     # --- classification
     'label-malformed': ('line is not a path, a space and a number', _NOT_BUILT, 'correct or remove the line'),
-    'label-out-of-range': (
-        'label outside the classes',
-        _STOPS_AT_LABEL,
-        'correct the label, or raise num_classes',
-    ),
+    'label-out-of-range': ('label outside the classes', _STOPS_AT_LABEL, 'correct the label, or raise num_classes'),
     'label-contradiction': ('one file with several labels', 'learns both', 'keep the right one'),
 }
 _WARNINGS = {
@@ -160,22 +116,14 @@ _WARNINGS = {
         'rotates it; annotations must fit the rotated image',
         'if annotations fit the stored pixels, remove the EXIF orientation',
     ),
-    'image-in-two-splits': (
-        'image in train and in another split',
-        'is tested on what it has learned',
-        'remove it from one of them',
-    ),
+    'image-in-two-splits': ('image in train and in another split', 'is tested on what it learned', 'keep it in one'),
     # --- COCO annotation files
     'image-without-annotation': (
         'image without annotations',
         'skips it with filter_cfg.filter_empty_gt, else learns background',
         'none, where no object is in it',
     ),
-    'annotation-without-image': (
-        'annotation of an image that is not in the file',
-        'ignores it',
-        'correct image_id, or remove the annotation',
-    ),
+    'annotation-without-image': ('annotation of an image that is not in the file', 'ignores it', _CORRECT),
     'duplicate-file': ('one file as several images or lines', 'uses it more often', 'remove one of them'),
     'box-degenerate': ('bbox less than a pixel wide or high', 'drops the box silently', _CORRECT),
     'box-beyond-edge': ('bbox extends over the edge by more than a pixel', 'clips the box', _CHECK_SIZE),
@@ -191,7 +139,7 @@ _WARNINGS = {
     'class-without-samples': (
         'class without samples',
         'never sees it',
-        'fill or remove its folder (removing changes the numbers of the classes after it)',
+        'fill its folder or remove it (renumbers others)',
     ),
 }
 KINDS = {name: Kind(Severity.ERROR, *row) for name, row in _ERRORS.items()}

@@ -63,8 +63,18 @@ def run_jobs(
             process.start()
             theirs.close()  # so that reading our end fails once the worker is gone
             running[ours] = process, queue
-            for job in queue:
-                _send(ours, job)
+            send(ours, *queue)
+
+    def send(connection: Connection, *new: Job) -> None:
+        with contextlib.suppress(OSError):  # the worker has crashed: its queue goes to the next one
+            for job in new:
+                connection.send(job)
+
+    def stop(connection: Connection) -> None:
+        process, _ = running.pop(connection)
+        process.kill()
+        process.join()
+        connection.close()
 
     try:
         for _ in range(workers):
@@ -72,9 +82,8 @@ def run_jobs(
         while running:
             for connection in wait(list(running)):
                 assert isinstance(connection, Connection)
-                process, queue = running[connection]
-                job = queue.popleft()
-                new = list(islice(source, 1))
+                queue = running[connection][1]
+                job, new = queue.popleft(), list(islice(source, 1))
                 queue += new
                 result: Result | Exception | WorkerCrash
                 try:
@@ -84,26 +93,14 @@ def run_jobs(
                 if isinstance(result, Exception):
                     raise result
                 if isinstance(result, WorkerCrash) or not queue:
-                    del running[connection]
-                    connection.close()
-                    _stop(process)
+                    stop(connection)
                     start(queue)
-                elif new:
-                    _send(connection, new[0])
+                else:
+                    send(connection, *new)
                 yield job, result
     finally:
-        for process, _ in running.values():
-            _stop(process)
-
-
-def _send(connection: Connection, job: object) -> None:
-    with contextlib.suppress(OSError):  # the worker has crashed: its queue goes to the next one
-        connection.send(job)
-
-
-def _stop(process: BaseProcess) -> None:
-    process.kill()
-    process.join()
+        for connection in list(running):
+            stop(connection)
 
 
 def _work(
