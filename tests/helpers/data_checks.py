@@ -12,25 +12,22 @@ from mmengine.registry import init_default_scope
 from vheat_mm.datasets.checks.check import check_datasets
 from vheat_mm.datasets.checks.report import Report
 
+pytest.importorskip('mmcv')
+
 DETECTION = dict(
-    scope='mmdet',
     type='CocoDataset',
     metainfo=dict(classes=corrupt_data.CLASSES),
     data_prefix=dict(img='images/'),
     pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=True)],
 )
-
 SEGMENTATION = dict(
-    scope='mmseg',
     type='BaseSegDataset',
     metainfo=dict(classes=('ground', 'box')),
     data_prefix=dict(img_path='images', seg_map_path='annotations'),
     reduce_zero_label=True,
     pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')],
 )
-
 CLASSIFICATION = dict(
-    scope='mmpretrain',
     type='CustomDataset',
     data_prefix='train',
     with_label=True,
@@ -39,9 +36,8 @@ CLASSIFICATION = dict(
 
 
 def dataset(base: dict, ann_file: Path | None, root: Path | None = None, **fields) -> dict:
-    root = root or ann_file.parent.parent
     named = dict(ann_file=str(ann_file)) if ann_file else {}
-    return {**{k: v for k, v in base.items() if k != 'scope'}, 'data_root': str(root), **named, **fields}
+    return {**base, 'data_root': str(root or ann_file.parent.parent), **named, **fields}
 
 
 def check(scope: str, splits: tuple[str, ...] = ('train',), model: dict | None = None, **datasets) -> Report:

@@ -1,8 +1,7 @@
-"""Data sets with one fault per file, written once a session, and what each test restores."""
+"""Data sets with one fault per file, written once a session."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import corrupt_data
@@ -10,7 +9,6 @@ import pytest
 
 from vheat_mm.utils.torchvision import ensure_torchvision
 
-pytest.importorskip('mmcv')
 ensure_torchvision()
 
 
@@ -30,6 +28,5 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(autouse=True)
-def _restored(own_scope):
-    yield
-    logging.disable(logging.NOTSET)  # the tool silences the libraries
+def _own_scope(own_scope):
+    """Each check sets a default scope."""
