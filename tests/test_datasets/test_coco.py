@@ -173,3 +173,6 @@ def test_start_up_check_finds_nan(tmp_path, polygon, word):
     path.write_text(json.dumps(dict(categories=[dict(id=3, name='cat')], annotations=[good, bad])))
     with pytest.raises(AnnotationError, match=f'coco.json: annotation 7 of image 4 has {word}'):
         check_coco_file(str(path), ('cat',))
+    path.write_text(json.dumps(dict(images=[{}, dict(height=polygon)])))
+    with pytest.raises(AnnotationError, match=r'coco.json: images\[1\] holds (NaN|-Infinity)'):
+        check_coco_file(str(path), ('cat',))

@@ -57,7 +57,7 @@ class _Files:
         return self._in_config.get(key, key)
 
     def _key(self, path: str) -> str:
-        key = path if '://' in path else os.path.abspath(path)  # noqa: PTH100 (Path has nothing that keeps links)
+        key = path if '://' in path else os.path.abspath(path)  # noqa: PTH100 (Path.resolve follows links)
         if key != path:
             self._in_config[key] = path
         return key
@@ -105,7 +105,7 @@ def _examine(
 
 def show_progress(items: Iterable[Item], total: int, what: str, interval: float = 30.0) -> Iterator[Item]:
     """Pass items on, with a bar on stderr where it is a terminal, and a line every ``interval`` seconds elsewhere."""
-    if sys.stderr.isatty():
+    if total and sys.stderr.isatty():
         yield from track(items, f'checking {what}', total, console=Console(stderr=True), transient=True)
         return
     started = reported = time.monotonic()

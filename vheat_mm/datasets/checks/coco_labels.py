@@ -13,6 +13,8 @@ from vheat_mm.datasets.checks.kinds import KINDS
 from vheat_mm.utils.errors import AnnotationError
 from vheat_mm.utils.text import some_of
 
+_NOT_FINITE = re.compile(r'\b(?:nan|inf)\b')
+
 
 def check_coco_file(path: str, classes: tuple[str, ...]) -> None:
     """Check a COCO file's categories against the configured names, and its annotations against the categories.
@@ -66,6 +68,3 @@ def _locate(constant: str, key: str, index: int | None, entry: Any) -> str:
         if found := _NOT_FINITE.search(repr(value)):
             return f'{place} has {found[0]} in its {field}'
     return f'{place} holds {constant}'
-
-
-_NOT_FINITE = re.compile(r'\b(?:nan|inf)\b')

@@ -32,7 +32,7 @@ def iterate(
         empty list gives ``(key, None, [])``.
 
     Raises:
-        MalformedJsonError: The file is no JSON, cut off, no object, or not UTF-8.
+        MalformedJsonError: The file is no JSON, truncated, no object, or not UTF-8.
         OSError: It cannot be read.
     """
     with Path(path).open(encoding='utf-8') as file:

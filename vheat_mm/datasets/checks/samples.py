@@ -47,17 +47,20 @@ def list_samples(part: Part, note: Note) -> Iterator[Sample]:
     # By name: no task library needs to be installed. Subclasses with other formats are read by their own methods.
     is_coco = names == ['CocoDataset.load_data_list', 'CocoDataset.parse_data_info']
     if is_coco and '://' not in part.dataset.ann_file:
-        yield from _list_coco(part, note)
+        reader = _list_coco
     elif names[0] == 'CustomDataset.load_data_list' and part.dataset.ann_file:
-        yield from _list_lines(part, note)
+        reader = _list_lines
     else:
         yield from _list_loaded(part, note)
+        return
+    if exists(part.dataset.ann_file):
+        yield from reader(part, note)
+    else:
+        note(Finding('file-missing', part.dataset.ann_file, 'the annotation file'))
 
 
 def _list_coco(part: Part, note: Note) -> Iterator[Sample]:
     path = part.dataset.ann_file
-    if not _exists(path, note):
-        return
     try:
         content = read_coco(path)
     except (MalformedJsonError, OSError) as error:
@@ -74,8 +77,6 @@ def _list_coco(part: Part, note: Note) -> Iterator[Sample]:
 def _list_lines(part: Part, note: Note) -> Iterator[Sample]:
     """mmpretrain's lists: a path, a space and a label in each line."""
     dataset, path = part.dataset, part.dataset.ann_file
-    if not _exists(path, note):
-        return
     backend = get_file_backend(dataset.img_prefix, enable_singleton=True)
     empty = True
     seen = _Labels(part, note)
@@ -171,10 +172,3 @@ def _judge_instances(info: dict, part: Part, path: str, note: Note) -> None:
             note(Finding('box-degenerate', path, text, image_id))
     if part.trains and 'instances' in info and not instances:
         note(Finding('image-without-annotation', path, '', image_id))
-
-
-def _exists(path: str, note: Note) -> bool:
-    if not exists(path):
-        note(Finding('file-missing', path, 'the annotation file'))
-        return False
-    return True
