@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from corrupt_data import make_biting_ade, make_biting_coco, make_biting_folder
+from corrupt_data import make_corrupt_ade, make_corrupt_coco, make_corrupt_folder
 from tool_runs import (
     TOOLS,
     assert_message,
@@ -179,7 +179,7 @@ class Mislabel:
     assert all(f'{where}) is left out' in line and f'label {value} ' in line for line in lines)
 
 
-BITING = {
+CORRUPT_CONFIG = {
     'detection': """
 bad = dict(data_root={root!r}, ann_file='annotations/images.json', data_prefix=dict(img='images/'))
 val_evaluator = dict(ann_file={root!r} + '/annotations/images.json')
@@ -198,13 +198,13 @@ train_cfg = dict(max_epochs=2, val_interval=1)
 }
 
 
-@pytest.mark.parametrize('task', BITING)
+@pytest.mark.parametrize('task', CORRUPT_CONFIG)
 def test_broken_samples_end_neither_training_nor_validation(tmp_path, data, task):
     """Every fault of images and label maps at once, in the data of both: left out by path."""
     pytest.importorskip(dict(detection='mmdet', segmentation='mmseg', classification='mmpretrain')[task])
-    make = dict(detection=make_biting_coco, segmentation=make_biting_ade, classification=make_biting_folder)[task]
+    make = dict(detection=make_corrupt_coco, segmentation=make_corrupt_ade, classification=make_corrupt_folder)[task]
     make(tmp_path / 'bad')
-    extra = BITING[task].replace('{root!r}', repr(str(tmp_path / 'bad')))
+    extra = CORRUPT_CONFIG[task].replace('{root!r}', repr(str(tmp_path / 'bad')))
     extra += "train_dataloader['dataset'].update(bad)\nval_dataloader['dataset'].update(bad)\n"
     if task == 'segmentation':
         extra += "train_pipeline.insert(2, dict(type='Resize', scale=(64, 64)))\n"

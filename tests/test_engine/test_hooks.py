@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,7 @@ from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import nn
 
 from vheat_mm import VHeat
-from vheat_mm.engine.hooks.annotation_check_hook import check_batch, check_classes, check_coco_file, class_heads
+from vheat_mm.engine.hooks.annotation_check_hook import check_batch, check_classes, class_heads
 from vheat_mm.engine.hooks.checkpoint_check_hook import check_fit
 from vheat_mm.utils.errors import AnnotationError, CheckpointError
 from vheat_mm.utils.torchvision import ensure_torchvision
@@ -140,7 +139,7 @@ class Heads(nn.Module):
 
 
 def test_heads_are_found():
-    found = {kind: (name, head.num_classes) for kind, (name, head) in class_heads(Heads()).items()}
+    found = {kind: (head.name, head.num_classes) for kind, head in class_heads(Heads()).items()}
     assert found == dict(gt_instances=('roi_head.bbox_head.0', 3), gt_sem_seg=('decode_head', 5), gt_label=('head', 2))
 
 
@@ -184,39 +183,3 @@ def test_number_of_class_names():
         check_classes(SimpleNamespace(metainfo=dict(classes=('a', 'b', 'c'))), heads, runner)
     with pytest.raises(AnnotationError, match=r"classes=\('nut',\)"):
         check_classes(SimpleNamespace(metainfo=dict(classes='nut')), heads, runner)
-
-
-@pytest.mark.parametrize(
-    ('classes', 'category', 'word'),
-    [
-        (('nut', 'bolt'), 7, None),
-        (('nut',), 7, None),  # a subset of the categories, as mmdet allows
-        (('nut', 'bolt'), 9, 'category_id=9'),
-        (('bolt', 'nut'), 7, 'order'),
-        (('nut', 'Bolt'), 7, 'lack .Bolt'),
-    ],
-)
-def test_coco_file(tmp_path, classes, category, word):
-    path = tmp_path / 'coco.json'
-    categories = [dict(id=3, name='nut'), dict(id=7, name='bolt')]
-    annotations = [dict(id=1, image_id=1, category_id=3), dict(id=2, image_id=1, category_id=category)]
-    path.write_text(json.dumps(dict(categories=categories, annotations=annotations)))
-    if word is None:
-        check_coco_file(str(path), classes)
-    else:
-        with pytest.raises(AnnotationError, match=f'coco.json: .*{word}'):
-            check_coco_file(str(path), classes)
-
-
-@pytest.mark.parametrize(
-    ('polygon', 'word'),
-    [([[1, 2, float('nan'), 4, 5, 6]], 'nan in its segmentation'), ([[1, 2, -float('inf'), 4, 5, 6]], 'inf in its')],
-)
-def test_coordinates_that_are_no_numbers(tmp_path, polygon, word):
-    """pycocotools would end the process on them."""
-    path = tmp_path / 'coco.json'
-    good = dict(id=1, image_id=1, category_id=3, segmentation=[[1, 2, 3, 4, 5, 6]])
-    bad = dict(good, id=7, image_id=4, segmentation=polygon)
-    path.write_text(json.dumps(dict(categories=[dict(id=3, name='cat')], annotations=[good, bad])))
-    with pytest.raises(AnnotationError, match=f'coco.json: annotation 7 of image 4 has {word}'):
-        check_coco_file(str(path), ('cat',))

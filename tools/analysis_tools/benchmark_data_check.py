@@ -1,17 +1,17 @@
-"""Time and memory of ``tools/misc/check_dataset.py`` on a made data set of COCO's size.
+"""Time and memory of ``tools/misc/check_dataset.py`` on a generated data set of COCO's size.
 
     python tools/analysis_tools/benchmark_data_check.py --out work_dirs/data_check
 
 Writes a COCO file of ``--images`` images with 7.3 annotations each, one in 90 an RLE, as ``instances_train2017.json``
 has, and as many links to a few JPEGs of 640 x 480. The check runs twice: reading annotations alone, then everything.
-Linux only, as it reads /proc.
+Linux only: other systems count memory in other units.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,7 +19,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from benchmark_measure import resident
 
 REPO = Path(__file__).resolve().parents[2]
 CLASSES, ANNOTATIONS_PER_IMAGE, RLE_EVERY, JPEGS = 80, 7.27, 90, 50
@@ -33,7 +32,7 @@ train_dataloader = dict(dataset=dict(
 
 
 def make_data(root: Path, images: int) -> None:
-    """Write the data set; its JPEGs take about as many bytes as photographs of their size."""
+    """Write the data set; its JPEGs are about as large as photographs of their size."""
     rng = np.random.default_rng(0)
     (root / 'images').mkdir(parents=True)
     for i in range(JPEGS):
@@ -63,32 +62,14 @@ def make_data(root: Path, images: int) -> None:
     print(f'{images} images of {size / 1e3:.0f} kB, {len(annotations)} annotations, {len(text) / 1e6:.0f} MB of JSON')
 
 
-def watch(command: list[str]) -> tuple[float, float, float]:
-    """Run the check; returns seconds, and the peak memory of its process and of its largest worker in GB."""
-    start, own, worker = time.monotonic(), 0.0, 0.0
+def measure(command: list[str]) -> tuple[float, float]:
+    """Run a command; returns seconds, and the peak memory of its largest process in GB."""
+    start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while process.poll() is None:
-        own = max(own, peak(process.pid))
-        worker = max([worker, *map(peak, children(process.pid))])
-        time.sleep(0.2)
-    if process.returncode:
-        raise SystemExit(f'{" ".join(command)}: status {process.returncode}')
-    return time.monotonic() - start, own, worker
-
-
-def peak(pid: int) -> float:
-    """Peak resident memory of a process in GB; 0 once it has ended."""
-    with contextlib.suppress(OSError):
-        return resident('VmHWM', pid) / 1e9
-    return 0.0
-
-
-def children(pid: int) -> list[int]:
-    """Children of a process."""
-    try:
-        return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
-    except OSError:
-        return []
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f'{" ".join(command)}: status {os.waitstatus_to_exitcode(status)}')
+    return time.monotonic() - start, usage.ru_maxrss * 1024 / 1e9
 
 
 def main() -> None:
@@ -106,8 +87,8 @@ def main() -> None:
     config.write_text(CONFIG.format(base=base, classes=CLASSES, root=str(root)))
     check = [sys.executable, str(REPO / 'tools/misc/check_dataset.py'), str(config), '--split', 'train']
     for name, command in (('annotations', [*check, '--limit', '1']), ('everything', check)):
-        seconds, own, worker = watch(command)
-        print(f'{name}: {seconds:.0f} s, peak {own:.2f} GB, a worker {worker:.2f} GB', flush=True)
+        seconds, peak = measure(command)
+        print(f'{name}: {seconds:.0f} s, peak {peak:.2f} GB', flush=True)
 
 
 if __name__ == '__main__':

@@ -1,10 +1,10 @@
-"""Check every image and annotation of a config's data sets before a training does.
+"""Check every image and annotation of a config's data sets before training.
 
     python tools/misc/check_dataset.py CONFIG [--split train val test] [--workers N] [--out report.json]
 
-Lists what would end a training or have it learn nonsense (errors), and what it deals with but is worth knowing
-(warnings). The exit status is 0 where there is nothing to mend, 1 where there is, 2 where the check could not run.
-docs/data_checks.md lists what is looked for.
+Lists what would stop training or make it learn wrong things (errors), and what it can handle but is worth knowing
+(warnings). The exit status is 0 without errors, 1 with errors, 2 if the check could not run. docs/data_checks.md
+lists all kinds of findings.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 try:
     import vheat_mm  # noqa: F401
-except ModuleNotFoundError as error:  # not installed: take the package that this file lies with
+except ModuleNotFoundError as error:  # not installed: use the package of this repository
     if error.name != 'vheat_mm':
         raise
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         '--show', type=int, default=20, metavar='N', help='findings of a kind that are printed (default: 20; 0: all)'
     )
     parser.add_argument('--strict', action='store_true', help='exit with 1 on warnings, too')
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)  # what read_config asks of training's tools
+    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)  # read_config expects those of tools/train.py
     args = parser.parse_args(argv)
     for name, least in (('workers', 1), ('limit', 1), ('show', 0)):
         value = getattr(args, name)

@@ -1,4 +1,4 @@
-"""The data sets of a config, without their wrappers, and how their pipelines load files."""
+"""The data sets of a config inside their wrappers, and how their pipelines load files."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, TRANSFORMS
 
 from vheat_mm.datasets.checks.images import Loader
 from vheat_mm.datasets.checks.label_maps import MapRule
 from vheat_mm.utils.errors import ToolError, describe
 
 SPLITS = ('train', 'val', 'test')
-# Of an entry in the config, what says how samples are used but not which they are.
+# Fields of a data set's config that do not change which samples it has.
 _USE = ('pipeline', 'test_mode', 'lazy_init', 'filter_cfg', 'serialize_data', 'max_refetch')
 
 
 @dataclass
 class Part:
-    """A data set that reads files itself.
+    """A data set that reads files (no wrapper).
 
     Attributes:
-        dataset: Built, its files not read yet.
+        dataset: Built, but its files are not read yet.
         place: In the config, such as ``train_dataloader.dataset.datasets[0]``.
-        splits: That use it.
-        transforms: Of all its pipelines, wrappers' included.
-        num_classes: Labels are below it; ``None`` where the config does not say.
+        splits: Those that use it.
+        transforms: Of its own pipeline and those of its wrappers.
+        num_classes: Of the classes or the head; ``None`` where the config does not say.
     """
 
     dataset: Any
@@ -46,7 +46,7 @@ class Part:
 
     @property
     def trains(self) -> bool:
-        """Whether training learns from it."""
+        """Whether training uses it."""
         return 'train' in self.splits
 
     @property
@@ -62,23 +62,23 @@ class Part:
         return Loader()
 
     def map_rule(self, info: dict) -> MapRule:
-        """How its pipeline loads label maps, and what becomes of their values."""
+        """How its pipeline loads label maps, and how their values become classes."""
         loader = Loader('unchanged', 'pillow')
         for transform in self.transforms:
             if getattr(transform, 'with_seg', False):
                 loader = Loader('unchanged', transform.imdecode_backend, transform.backend_args)
         mapped = tuple((info.get('label_map') or {}).items())
-        # Only mmseg's data sets say so; label maps of panoptic sets hold colours.
+        # Only mmseg's data sets have the key; label maps of panoptic data sets hold colours.
         known = 'reduce_zero_label' in info
         return MapRule(self.num_classes if known else None, bool(info.get('reduce_zero_label')), mapped, loader)
 
     def resizes(self) -> list[tuple[float, float]]:
-        """(long side, short side) in pixels of the smallest frames that its pipeline fits whole images into."""
+        """Smallest (long side, short side) in pixels that its pipeline resizes whole images to fit into."""
         return [scale for transform in self.transforms for scale in _resizes(transform)]
 
 
 def find_parts(cfg: Config, splits: Iterable[str]) -> list[Part]:
-    """Build the data sets of a config's data loaders; what several splits or wrappers name is built once.
+    """Build the data sets of a config's data loaders, each once however many splits or wrappers name it.
 
     Raises:
         ToolError: No such data loader; a data set of no known type or with wrong arguments.
@@ -94,8 +94,7 @@ def find_parts(cfg: Config, splits: Iterable[str]) -> list[Part]:
         for where, leaf, wrapping in _leaves(loader['dataset'], place, []):
             key = repr(sorted((name, repr(value)) for name, value in leaf.items() if name not in _USE))
             if key not in parts:
-                dataset = _build(leaf, where)
-                parts[key] = Part(dataset, where, [], [])
+                parts[key] = Part(_build(leaf, where), where, [], [])
             part = parts[key]
             part.splits += [split] if split not in part.splits else []
             part.transforms += _transforms(leaf.get('pipeline', ()), where)
@@ -111,7 +110,7 @@ def find_parts(cfg: Config, splits: Iterable[str]) -> list[Part]:
 
 
 def _leaves(cfg: Any, place: str, wrapping: list) -> Iterator[tuple[str, dict, list]]:
-    """Data sets inside of wrappers, with their places and the pipelines of the wrappers."""
+    """Data sets inside wrappers, with their places in the config and the pipelines of the wrappers."""
     if not isinstance(cfg, dict):
         raise ToolError(f'{place} is a {type(cfg).__name__}, expected a dict with the type of a data set')
     wrapping = wrapping + ([cfg['pipeline']] if cfg.get('pipeline') else [])
@@ -132,17 +131,15 @@ def _build(cfg: dict, place: str) -> Any:
             with DATASETS.switch_scope_and_registry(cfg.get('_scope_')) as registry:
                 kind = registry.get(kind)
         if isinstance(kind, type) and issubclass(kind, BaseDataset):
-            cfg['lazy_init'] = True  # nothing is read before its files can be named
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress there
+            cfg['lazy_init'] = True  # so that a file that cannot be read is a finding
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
             return DATASETS.build(cfg)
     except Exception as error:
         raise ToolError(f'{place}: {describe(error)}') from error
 
 
 def _transforms(pipeline: Any, place: str) -> list[Any]:
-    """A pipeline's transforms, those within others included."""
-    from mmengine.registry import TRANSFORMS
-
+    """A pipeline's transforms, including those inside of other transforms."""
     transforms = []
     for number, entry in enumerate(pipeline):
         try:
@@ -164,7 +161,7 @@ def _resizes(transform: Any) -> Iterator[tuple[float, float]]:
     if not getattr(transform, 'keep_ratio', getattr(inner, 'keep_ratio', False)):
         return
     scales = getattr(transform, 'scales', None) or [getattr(transform, 'scale', None)]
-    if isinstance(scales[0], list):  # RandomResize between two frames
+    if isinstance(scales[0], list):  # RandomResize between two scales
         scales = scales[0]
     ratio = min(getattr(transform, 'ratio_range', None) or (1.0,))
     for scale in scales:
@@ -173,7 +170,7 @@ def _resizes(transform: Any) -> Iterator[tuple[float, float]]:
 
 
 def _head_classes(cfg: Config) -> int | None:
-    """The fewest classes that a head for label maps or for whole images knows."""
+    """The smallest ``num_classes`` of the heads for label maps and for whole images."""
     model = cfg.model
     heads = [model.get('head'), model.get('decode_head'), model.get('auxiliary_head')]
     flat = [head for entry in heads for head in (entry if isinstance(entry, list | tuple) else [entry])]

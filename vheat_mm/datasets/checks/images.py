@@ -1,6 +1,7 @@
-"""One image file: can it be decoded as training decodes it, whole, and what is unusual about it.
+"""One image file: whether it can be decoded as in training, whether it is complete, and what is unusual about it.
 
-Runs in worker processes (:mod:`.pool`): a decoder may crash on what it is given.
+Runs in worker processes (:mod:`.pool`), as decoders may crash on corrupt files. cv2, mmcv and Pillow are imported in
+functions: importing the package needs only torch and mmengine.
 """
 
 from __future__ import annotations
@@ -9,17 +10,20 @@ import contextlib
 import io
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from mmengine.fileio import get
 
 # Pillow's limit for a decompression bomb. Decoded to three channels, half a gigabyte for each loader's worker.
 MAX_PIXELS = 178_956_970
 MAX_BYTES = 2**30
 _NARROW, _TINY = 50, 16
-_STRAY = 'extraneous bytes'  # libjpeg's words: a sloppy encoder's, or what is left of a damaged stretch
+_EXTRANEOUS = 'extraneous bytes'  # libjpeg's message, for some encoders' files as well as for corrupt ones
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+_captured_stderr: IO[bytes] | None = None  # of a worker: libjpeg and libpng report corruption only there
 _MODES = {
     'image-grayscale': {'1', 'L', 'LA', 'La', 'I', 'F', 'I;16', 'I;16B', 'I;16L', 'I;16N'},
     'image-16-bit': {'I', 'F', 'I;16', 'I;16B', 'I;16L', 'I;16N'},
@@ -27,6 +31,9 @@ _MODES = {
     'image-palette': {'P', 'PA'},
     'image-alpha': {'RGBA', 'LA', 'PA', 'RGBa', 'La'},
 }
+
+
+Fault = tuple[str, str]  # kind of finding, text
 
 
 class Loader(NamedTuple):
@@ -48,11 +55,11 @@ class ImageFacts(NamedTuple):
     """What an image is.
 
     Attributes:
-        faults: Kinds of findings, each with what to say about it.
+        faults: Kinds of findings, each with its text.
         size: (width, height) in pixels as decoded; ``None`` where it cannot be.
     """
 
-    faults: tuple[tuple[str, str], ...] = ()
+    faults: tuple[Fault, ...] = ()
     size: tuple[int, int] | None = None
 
 
@@ -60,37 +67,36 @@ class FaultError(Exception):
     """A file that cannot be used, as kind of finding and text."""
 
 
-class _Voice:
-    """What decoders write to the process's stderr: libjpeg and libpng tell of damage in no other way."""
-
-    file: IO[bytes] | None = None
-
-
 def set_up_worker() -> None:
-    """Prepare a worker process: one thread, stderr caught, no limit of Pillow's (ours comes first)."""
+    """Prepare a worker process: one thread, stderr captured, no limit by Pillow (``MAX_PIXELS`` is checked before)."""
+    global _captured_stderr
     import cv2
     from PIL import Image
 
     cv2.setNumThreads(0)
     Image.MAX_IMAGE_PIXELS = None
-    _Voice.file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process lives)
-    os.dup2(_Voice.file.fileno(), 2)
+    _captured_stderr = tempfile.TemporaryFile()  # noqa: SIM115 (open until the process ends)
+    os.dup2(_captured_stderr.fileno(), 2)
 
 
 def examine_image(job: ImageJob) -> ImageFacts:
     """Read and decode an image file."""
+    return examine_file(job.path, job.loader, lambda image, faults: faults + _judge_shape(*image.shape[:2]))
+
+
+def examine_file(path: str, loader: Loader, judge: Callable[[np.ndarray, list[Fault]], list[Fault]]) -> ImageFacts:
+    """Read and decode a file; ``judge`` takes the pixels and what is unusual about the file, and returns all faults."""
     try:
-        content = read_file(job.path, job.loader.backend_args)
-        image, faults = decode(content, job.loader)
+        image, faults = decode(read_file(path, loader.backend_args), loader)
     except FaultError as error:
         return ImageFacts(faults=((error.args[0], error.args[1]),))
-    height, width = image.shape[:2]
-    shape = f'{width} x {height}'
-    if min(width, height) < _TINY:
-        faults.append(('image-tiny', shape))
-    if max(width, height) > _NARROW * min(width, height):
-        faults.append(('image-narrow', shape))
-    return ImageFacts(tuple(faults), (width, height))
+    return ImageFacts(tuple(judge(image, faults)), (image.shape[1], image.shape[0]))
+
+
+def _judge_shape(height: int, width: int) -> list[Fault]:
+    shape, short, long = f'{width} x {height}', min(width, height), max(width, height)
+    tiny = [('image-tiny', shape)] if short < _TINY else []
+    return tiny + ([('image-narrow', shape)] if long > _NARROW * short else [])
 
 
 def read_file(path: str, backend_args: dict | None) -> bytes:
@@ -99,8 +105,6 @@ def read_file(path: str, backend_args: dict | None) -> bytes:
     Raises:
         FaultError: There is none, or it is empty.
     """
-    from mmengine.fileio import get
-
     try:
         if backend_args is None and Path(path).exists() and Path(path).stat().st_size > MAX_BYTES:
             raise FaultError('image-too-large', f'a file of {Path(path).stat().st_size} bytes')
@@ -115,14 +119,14 @@ def read_file(path: str, backend_args: dict | None) -> bytes:
     return content
 
 
-def decode(content: bytes, loader: Loader) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Decode an image as ``mmcv`` does, watching for damage that it passes over.
+def decode(content: bytes, loader: Loader) -> tuple[np.ndarray, list[Fault]]:
+    """Decode an image as ``mmcv`` does, and find corruption that it ignores.
 
     Returns:
         The pixels, (height, width) or (height, width, channels), and what is unusual about them.
 
     Raises:
-        FaultError: It is no image, too large to be decoded, cut off or damaged.
+        FaultError: It is no image, too large to be decoded, truncated or corrupt.
     """
     import mmcv
 
@@ -130,36 +134,34 @@ def decode(content: bytes, loader: Loader) -> tuple[np.ndarray, list[tuple[str, 
     if header is not None and header.width * header.height > MAX_PIXELS:
         size = f'{header.width} x {header.height}'
         raise FaultError('image-too-large', f'{size} in a file of {len(content)} bytes; not decoded')
-    _clear_voice()
+    _clear_stderr()
     image, reason = None, ''
     try:
         image = mmcv.imfrombytes(content, flag=loader.flag, backend=loader.backend)
-    except Exception as error:  # each decoder has its own kinds
+    except Exception as error:  # each decoder has its own exceptions
         reason = _last_line(str(error)) or type(error).__name__
-    voice = _read_voice()
-    reason = reason or voice
-    if is_cut(content, header):
-        raise FaultError('image-truncated', f'{len(content)} bytes, no end of the image in them')
+    messages = _read_stderr()
+    if is_truncated(content, header):
+        raise FaultError('image-truncated', f'{len(content)} bytes without the end of the image')
     if image is None and header is None:
         raise FaultError('not-an-image', f'begins with {content[:12]!r}')
-    if image is None or _speaks_of_damage(voice):
-        raise FaultError('image-damaged', reason or 'the decoder gives no picture')
-    suspect = [('image-suspect', voice)] if _STRAY in voice else []
-    return image, suspect + _peculiarities(content, header)
+    if image is None or reports_corruption(messages):
+        raise FaultError('image-corrupt', reason or messages or 'the decoder returns no image')
+    extraneous = [('image-extraneous-bytes', messages)] if _EXTRANEOUS in messages else []
+    return image, extraneous + _peculiarities(content, header)
 
 
 def read_header(content: bytes) -> Any:
     """Pillow's image with its header read and no pixel decoded; ``None`` where Pillow knows no such format."""
     from PIL import Image
 
-    with contextlib.suppress(Exception):  # parsers of thirty formats, each with its own errors
+    with contextlib.suppress(Exception):  # the parsers of thirty formats raise all kinds
         return Image.open(io.BytesIO(content))
     return None
 
 
-def is_cut(content: bytes, header: Any) -> bool:
-    """Whether an image ends before its end. Decoders fill up what is missing, some without a word."""
-    form = getattr(header, 'format', None)
+def is_truncated(content: bytes, header: Any) -> bool:
+    """Whether the end of an image is missing. Some decoders fill up what is missing without an error."""
     if content[:2] == b'\xff\xd8':
         # In a JPEG's pixels, FF is never followed by D9. Before them it may: thumbnails are JPEG files, too.
         return content.find(b'\xff\xd9', _first_scan(content)) < 0
@@ -167,63 +169,61 @@ def is_cut(content: bytes, header: Any) -> bool:
         return content.rfind(b'IEND') < 0
     if content[:4] == b'RIFF' and content[8:12] == b'WEBP':
         return len(content) < int.from_bytes(content[4:8], 'little') + 8
-    if form is None:
-        return False
     try:
-        header.load()
-    except OSError as error:
-        return 'truncated' in str(error)
-    except Exception:  # damaged in another way
-        return False
+        if header is not None:
+            header.load()
+    except Exception as error:
+        return isinstance(error, OSError) and 'truncated' in str(error)
     return False
 
 
 def _first_scan(content: bytes) -> int:
-    """Where the pixels of a JPEG file begin; its end where they do not."""
+    """Offset at which the pixels of a JPEG file begin, or its length where it has none."""
     place = 2
     while place + 4 <= len(content) and content[place] == 0xFF:
         marker = content[place + 1]
         if marker == 0xDA:
             return place
-        alone = marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD7  # fill bytes, markers without content
+        alone = marker in (0x01, 0xFF) or 0xD0 <= marker <= 0xD7  # fill bytes, markers without content
         place += (1 if marker == 0xFF else 2) if alone else 2 + int.from_bytes(content[place + 2 : place + 4], 'big')
     return len(content)
 
 
-def _peculiarities(content: bytes, header: Any) -> list[tuple[str, str]]:
+def _peculiarities(content: bytes, header: Any) -> list[Fault]:
     if header is None:
         return []
     found = {kind: f'mode {header.mode}' for kind, modes in _MODES.items() if header.mode in modes}
-    if content[:8] == b'\x89PNG\r\n\x1a\n' and content[24] == 16:  # Pillow hides it in colour images
+    if content[:8] == b'\x89PNG\r\n\x1a\n' and content[24] == 16:  # Pillow does not tell for colour images
         found.setdefault('image-16-bit', 'PNG with 16 bits a channel')
     if 'transparency' in header.info:
         found.setdefault('image-alpha', f'mode {header.mode} with a transparent colour')
-    with contextlib.suppress(Exception):  # EXIF data are written by anyone
+    with contextlib.suppress(Exception):  # EXIF data may be malformed in any way
         orientation = header.getexif().get(_ORIENTATION, 1)
         if orientation in range(2, 9):
             found['image-rotated'] = f'EXIF orientation {orientation}, stored as {header.width} x {header.height}'
     return list(found.items())
 
 
-def _speaks_of_damage(text: str) -> bool:
+def reports_corruption(messages: str) -> bool:
+    """Whether a decoder's messages say that an image is corrupt."""
     words = ('corrupt', 'premature', 'libpng error', 'crc error', 'incomplete')
-    return _STRAY not in text and any(word in text.lower() for word in words)
+    return _EXTRANEOUS not in messages and any(word in messages.lower() for word in words)
 
 
-def _clear_voice() -> None:
-    if _Voice.file is not None:
-        _Voice.file.seek(0)
-        _Voice.file.truncate()
+def _clear_stderr() -> None:
+    if _captured_stderr is not None:
+        _captured_stderr.seek(0)
+        _captured_stderr.truncate()
 
 
-def _read_voice() -> str:
-    if _Voice.file is None:
+def _read_stderr() -> str:
+    """The captured line that reports corruption, or else the last one."""
+    if _captured_stderr is None:
         return ''
-    _Voice.file.seek(0)
-    text = _Voice.file.read(10_000).decode('utf-8', 'replace')
-    return next(filter(_speaks_of_damage, text.splitlines()), _last_line(text))
+    _captured_stderr.seek(0)
+    text = _captured_stderr.read(10_000).decode('utf-8', 'replace')
+    return next(filter(reports_corruption, text.splitlines()), _last_line(text))
 
 
 def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else ''
+    return (text.strip().splitlines() or [''])[-1].strip()

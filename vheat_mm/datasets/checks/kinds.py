@@ -1,6 +1,6 @@
 """The table of what can be wrong with a data set, and what training does about it.
 
-Each row was tried with mmdet 3.3.0, mmseg 1.2.2 and mmpretrain 1.2.0; ``docs/data_checks.md`` says how it went.
+Each row was tried with mmdet 3.3.0, mmseg 1.2.2 and mmpretrain 1.2.0; ``docs/data_checks.md`` has the results.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Severity(Enum):
-    """An error ends a training or has it learn nonsense; a warning is dealt with by it, but worth knowing."""
+    """An error stops training or makes it learn wrong things; a warning is handled by it, but worth knowing."""
 
     ERROR = 'error'
     WARNING = 'warning'
@@ -21,193 +21,126 @@ class Kind(NamedTuple):
 
     severity: Severity
     title: str
-    harm: str
+    effect: str
     remedy: str
 
 
-_E, _W = Severity.ERROR, Severity.WARNING
-_STOPS = 'stops when the loader draws the sample, or skips it where SkipBrokenSamplesHook is on'
-_NO_LIST = 'stops while it builds the data set'
-_COPY = 'copy the file again from its source, or take it out of the data set'
-_BACKGROUND = 'drops the box in silence, and its object is learned as background'
+_STOPS = 'stops when the sample is loaded, or skips it with SkipBrokenSamplesHook'
+_STOPS_AT_LABEL = 'stops at the first batch with it, or skips the sample with SkipBrokenSamplesHook'
+_AT_START = 'stops at its start'
+_NOT_BUILT = 'stops while it builds the data set'
+_DROPPED = 'drops the box silently; its object is learned as background'
+_KILLED = 'is killed: pycocotools allocates memory without limit, which no hook can catch'
+_COPY = 'copy the file again from its source, or remove it from the data set'
+_CORRECT = 'correct or remove the annotation'
+_CHECK = 'check whether that is intended'
+_CHECK_SIZE = 'check whether the size of the image is right'
+_ENCODE = 'encode the mask again, at the size of the image'
+_FILE_SIZE = 'write the size of the image file; if it was scaled or rotated, transform its annotations alike'
+_REMOVE_SAMPLE = 'remove the sample from the data set'
+_VALUES = 'correct the map, add the classes, or set the pixels to 255 (reduce_zero_label=True subtracts one from all)'
 
-KINDS: dict[str, Kind] = {
+_ERRORS = {
     # --- any file
-    'file-missing': Kind(_E, 'file is missing', _STOPS, 'correct the path or data_prefix, or take the entry out'),
-    'file-empty': Kind(_E, 'file of zero bytes', _STOPS, _COPY),
-    'file-unreadable': Kind(_E, 'file cannot be read', _STOPS, 'mend its permissions or the storage'),
-    'not-an-image': Kind(_E, 'file is no image', _STOPS, _COPY),
-    'image-truncated': Kind(
-        _E, 'image is cut off', 'stops, or with OpenCV 4 learns from a picture that is grey below', _COPY
-    ),
-    'image-damaged': Kind(_E, 'pixels are damaged', 'stops, or learns from a smeared picture (JPEG)', _COPY),
-    'image-too-large': Kind(
-        _E,
-        'image declares more pixels than a loader should decode',
-        'stops, or runs out of memory',
-        'scale the image down, or take it out of the data set',
-    ),
-    'decoder-died': Kind(_E, 'decoding ended the process or took too long', 'dies with its data-loader worker', _COPY),
-    'image-shrinks-to-nothing': Kind(
-        _E,
-        'image is so narrow that the resizing of the pipeline leaves no pixel',
+    'file-missing': ('file is missing', _STOPS, 'correct the path or data_prefix, or remove the entry'),
+    'file-empty': ('file of zero bytes', _STOPS, _COPY),
+    'file-unreadable': ('file cannot be read', _STOPS, 'correct its permissions or the storage'),
+    'not-an-image': ('file is no image', _STOPS, _COPY),
+    'image-truncated': ('image is truncated', 'stops, or with OpenCV 4 learns from an image whose end is grey', _COPY),
+    'image-corrupt': ('pixels are corrupt', 'stops, or learns from a corrupt image (JPEG)', _COPY),
+    'image-too-large': ('image is too large to decode', 'stops, or runs out of memory', 'scale the image down'),
+    'decoder-crash': ('decoding crashed or took too long', 'its data-loader worker crashes', _COPY),
+    'image-resized-to-zero': (
+        'image so narrow that Resize leaves no pixel',
         'stops in cv2.resize',
-        'crop the image, or take it out of the data set',
-    ),
-    # --- images that are dealt with
-    'image-narrow': Kind(_W, 'one side is over 50 times the other', 'learns from it', 'look whether it is meant'),
-    'image-suspect': Kind(
-        _W, 'JPEG with bytes that belong to nothing', 'learns from it', 'look whether the picture is whole'
-    ),
-    'image-tiny': Kind(_W, 'image of less than 16 pixels', 'learns from it', 'look whether it is meant'),
-    'image-grayscale': Kind(_W, 'image without colours', 'repeats its channel three times', 'none needed'),
-    'image-16-bit': Kind(_W, 'image with 16 bits a channel', 'keeps the upper 8', 'scale it to 8 bits as you want it'),
-    'image-cmyk': Kind(
-        _W, 'image in CMYK', 'converts it without colour profile', 'convert it to RGB where its colours matter'
-    ),
-    'image-palette': Kind(_W, 'image with a palette', 'looks the colours up', 'none needed'),
-    'image-alpha': Kind(
-        _W, 'image with transparency', 'drops it: what is transparent shows its hidden colour', 'none, or flatten it'
-    ),
-    'image-rotated': Kind(
-        _W,
-        'image that its EXIF data turn or mirror',
-        'turns it; annotations must lie on the turned picture',
-        'store it upright, such as with jpegtran or exiftran, where annotations were drawn on the stored pixels',
-    ),
-    'image-in-two-splits': Kind(
-        _W, 'image in train and in another split', 'learns what it is tested on', 'take it out of one of them'
+        'crop or remove it',
     ),
     # --- any data set
-    'data-set-unreadable': Kind(_E, 'data set cannot be built', _NO_LIST, 'see the message'),
-    'data-set-empty': Kind(
-        _E, 'data set without samples', _NO_LIST, 'check ann_file, data_prefix, suffixes, filter_cfg'
+    'dataset-unreadable': ('data set cannot be built', _NOT_BUILT, 'see the message'),
+    'dataset-empty': ('data set without samples', _NOT_BUILT, 'check ann_file, data_prefix, suffixes, filter_cfg'),
+    'sample-unreadable': ('entry of a sample cannot be read', _STOPS, 'see the message'),
+    # --- COCO annotation files
+    'json-malformed': ('annotation file is no JSON', _NOT_BUILT, 'write the file again from its source'),
+    'json-entry-malformed': ('entry does not have the form of COCO', _NOT_BUILT, 'correct or remove the entry'),
+    'json-field-missing': ('entry lacks a field', _NOT_BUILT, 'add the field; mmdet needs it'),
+    'classes-missing': ('categories lack names of metainfo.classes', _AT_START, 'make the names alike, case included'),
+    'classes-order': ('categories are in another order than metainfo.classes', _AT_START, 'use the order of the file'),
+    'no-usable-annotation': ('no annotation can be used', _NOT_BUILT, 'check image ids, categories, metainfo.classes'),
+    'duplicate-image-id': ('several images with one id', 'uses the last, with the boxes of all', 'number them again'),
+    'duplicate-annotation-id': ('several annotations with one id', _NOT_BUILT, 'number the annotations again'),
+    'size-not-positive': ('width or height of an image is not positive', 'drops all its boxes', _FILE_SIZE),
+    'size-differs': ('width and height are not those of the image file', 'clips boxes at the wrong edge', _FILE_SIZE),
+    'category-unknown': (
+        'category_id that is not among the categories',
+        _AT_START,
+        'correct the id, or add the category and raise num_classes',
     ),
-    'sample-unreadable': Kind(_E, 'entry of a sample cannot be read', _STOPS, 'see the message'),
-    # --- annotation files of COCO's format
-    'json-malformed': Kind(_E, 'annotation file is no JSON', _NO_LIST, 'write the file again from its source'),
-    'json-record': Kind(_E, 'entry has another form than COCO defines', _NO_LIST, 'correct or remove the entry'),
-    'json-field-missing': Kind(_E, 'entry lacks a field', _NO_LIST, 'add the field; mmdet needs it'),
-    'classes-absent': Kind(
-        _E, 'categories lack names of metainfo.classes', 'stops at its start', 'make the names alike, case included'
-    ),
-    'classes-order': Kind(
-        _E, 'categories come in another order than metainfo.classes', 'stops at its start', 'bring them into one order'
-    ),
-    'nothing-to-learn': Kind(
-        _E, 'no annotation is left to learn from', _NO_LIST, 'check image ids, categories and metainfo.classes'
-    ),
-    'duplicate-image-id': Kind(
-        _E,
-        'several images with one id',
-        'keeps the last one, and lays the boxes of all on it',
-        'give each image an id of its own',
-    ),
-    'duplicate-annotation-id': Kind(_E, 'several annotations with one id', _NO_LIST, 'number the annotations anew'),
-    'size-not-positive': Kind(
-        _E, 'width or height of an image is not positive', 'drops all its boxes', 'write the true size'
-    ),
-    'size-differs': Kind(
-        _E,
-        'width and height differ from those of the decoded image',
-        'cuts boxes at the wrong edge, and they may lie elsewhere',
-        'write the true size; where the image was scaled or turned, scale or turn its annotations, too',
-    ),
-    'category-unknown': Kind(
-        _E, 'category_id that is not among the categories', 'stops at its start', 'correct the id, or add the category'
-    ),
-    'box-malformed': Kind(_E, 'bbox is not a list of four numbers', _NO_LIST, 'write [x, y, width, height]'),
-    'box-not-finite': Kind(
-        _E, 'bbox holds NaN or infinity', 'drops or clips the box in silence', 'correct or remove the annotation'
-    ),
-    'box-negative': Kind(
-        _E, 'bbox of negative size', _BACKGROUND, 'write [x, y, width, height], not two corners in any order'
-    ),
-    'box-outside': Kind(_E, 'bbox entirely outside the image', _BACKGROUND, 'correct it, or the size of the image'),
-    'area-not-positive': Kind(
-        _E, 'area of an annotation is not positive though its box is', _BACKGROUND, 'write the true area'
-    ),
-    'mask-missing': Kind(
-        _E, 'annotation without segmentation, which the pipeline loads', _STOPS, 'add it, or set with_mask=False'
-    ),
-    'mask-malformed': Kind(_E, 'segmentation of no known form', _STOPS, 'write [[x1, y1, x2, y2, ...], ...] or an RLE'),
-    'mask-not-finite': Kind(
-        _E,
-        'polygon with NaN, infinity or coordinates beyond 100 000',
-        'is killed: pycocotools asks for memory without limit, which no hook can catch',
-        'correct or remove the annotation',
-    ),
-    'mask-outside': Kind(
-        _E, 'mask entirely outside the image', 'learns an empty mask', 'correct it, or the size of the image'
-    ),
-    'rle-size': Kind(_E, 'RLE of another size than the image', _STOPS, 'encode the mask anew at the size of the image'),
-    'rle-sum': Kind(
-        _E, 'RLE whose runs do not add up to the image', 'learns a mask that is partly noise', 'encode the mask anew'
-    ),
-    'image-without-annotation': Kind(
-        _W,
-        'image without annotations',
-        'leaves it out with filter_cfg.filter_empty_gt, and learns it as background without',
-        'none, where there is nothing in it',
-    ),
-    'annotation-of-no-image': Kind(
-        _W, 'annotation of an image that is not in the file', 'ignores it', 'correct image_id, or remove it'
-    ),
-    'duplicate-file': Kind(_W, 'one file as several images or lines', 'shows it more often', 'remove one of them'),
-    'box-degenerate': Kind(
-        _W, 'bbox without area, or less than a pixel wide or high', 'drops the box in silence', 'correct or remove it'
-    ),
-    'box-beyond-edge': Kind(
-        _W, 'bbox reaches over the edge by more than a pixel', 'clips the box', 'look whether the size is right'
-    ),
-    'polygon-dropped': Kind(
-        _W,
-        'polygon of less than three points, or an odd number of coordinates',
-        'drops it; without another one, the annotation is ignored, its box included',
-        'correct or remove it',
-    ),
-    'mask-beyond-edge': Kind(
-        _W, 'mask reaches over the edge by more than a pixel', 'clips it', 'look whether the size is right'
-    ),
-    'rle-without-size': Kind(_W, 'RLE without size or counts', 'ignores the annotation', 'encode the mask anew'),
+    'box-malformed': ('bbox is not a list of four numbers', _NOT_BUILT, 'write [x, y, width, height]'),
+    'box-not-finite': ('bbox holds NaN or infinity', 'drops or clips the box silently', _CORRECT),
+    'box-negative': ('bbox of negative size', _DROPPED, 'write [x, y, width, height], not two corners'),
+    'box-outside': ('bbox entirely outside the image', _DROPPED, 'correct it, or the size of the image'),
+    'area-not-positive': ('area is not positive though the bbox is', _DROPPED, 'write the area of the mask or the box'),
+    'mask-missing': ('segmentation is missing, but loaded', _STOPS, 'add it, or set with_mask=False'),
+    'mask-malformed': ('segmentation of unknown form', _STOPS, 'write [[x1, y1, x2, y2, ...], ...] or an RLE'),
+    'mask-not-finite': ('polygon with NaN, infinity or coordinates beyond 100 000', _KILLED, _CORRECT),
+    'mask-outside': ('mask entirely outside the image', 'learns an empty mask', 'correct it, or the size of the image'),
+    'rle-size': ('RLE of another size than the image', _STOPS, _ENCODE),
+    'rle-sum': ('RLE whose runs do not add up to the image', 'learns a mask that is partly noise', _ENCODE),
     # --- label maps
-    'map-values': Kind(
-        _E,
-        'label map with values outside the classes',
-        'stops at the first batch that holds it, or skips the sample where SkipBrokenSamplesHook is on',
-        'correct the map, add the classes, or set the pixels to 255 (reduce_zero_label=True shifts all down by one)',
-    ),
-    'map-size': Kind(
-        _E,
+    'map-values': ('label map with values outside the classes', _STOPS_AT_LABEL, _VALUES),
+    'map-size': (
         'label map of another size than its image',
         'learns wrong labels: crops and padding hide it',
-        'scale the map with nearest neighbours, or find the image it belongs to',
+        'resize the map (nearest neighbour), or find its image',
     ),
-    'map-channels': Kind(
-        _E, 'label map with several channels', 'stops, or takes colours for classes', 'write class numbers, one channel'
-    ),
-    'map-16-bit': Kind(
-        _E, 'label map with values over 255', 'learns wrong labels: only the lower 8 bits are kept', 'write 8 bits'
-    ),
-    'map-line': Kind(_E, 'label map one pixel wide or high', _STOPS, 'take the sample out of the data set'),
-    'map-unlabelled': Kind(
-        _W, 'label map of ignored pixels only', 'learns nothing from it', 'take the sample out of the data set'
-    ),
+    'map-channels': ('label map with several channels', 'stops, or reads colours as classes', 'write one channel'),
+    'map-16-bit': ('label map with values over 255', 'learns wrong labels from the lower 8 bits', 'write 8 bits'),
+    'map-one-pixel-wide': ('label map one pixel wide or high', _STOPS, _REMOVE_SAMPLE),
     # --- classification
-    'label-malformed': Kind(
-        _E, 'line that is not a path, a blank and a number', _NO_LIST, 'correct the line, or remove it'
+    'label-malformed': ('line is not a path, a space and a number', _NOT_BUILT, 'correct or remove the line'),
+    'label-out-of-range': ('label outside the classes', _STOPS_AT_LABEL, 'correct the label, or raise num_classes'),
+    'label-contradiction': ('one file with several labels', 'learns both', 'keep the right one'),
+}
+_WARNINGS = {
+    # --- images
+    'image-narrow': ('one side is over 50 times the other', 'learns from it', _CHECK),
+    'image-extraneous-bytes': ('JPEG with extraneous bytes', 'learns from it', 'check whether the image is complete'),
+    'image-tiny': ('image of less than 16 pixels', 'learns from it', _CHECK),
+    'image-grayscale': ('grayscale image', 'repeats its channel three times', 'none needed'),
+    'image-16-bit': ('image with 16 bits a channel', 'uses the upper 8', 'scale it to 8 bits as suits the data'),
+    'image-cmyk': ('image in CMYK', 'converts it without colour profile', 'convert it to RGB where colours matter'),
+    'image-palette': ('image with a palette', 'converts it', 'none needed'),
+    'image-alpha': ('image with transparency', 'drops the alpha channel', 'none, or composite it on a background'),
+    'image-rotated': (
+        'image that its EXIF data rotate or mirror',
+        'rotates it; annotations must fit the rotated image',
+        'if annotations fit the stored pixels, remove the EXIF orientation',
     ),
-    'label-out-of-range': Kind(
-        _E,
-        'label outside the classes',
-        'stops at the first batch that holds it, or skips the sample where SkipBrokenSamplesHook is on',
-        'correct the label, or raise num_classes',
+    'image-in-two-splits': ('image in train and in another split', 'is tested on what it learned', 'keep it in one'),
+    # --- COCO annotation files
+    'image-without-annotation': (
+        'image without annotations',
+        'skips it with filter_cfg.filter_empty_gt, else learns background',
+        'none, where no object is in it',
     ),
-    'label-contradiction': Kind(_E, 'one file under several labels', 'learns both', 'keep the right one'),
-    'class-without-samples': Kind(
-        _W,
+    'annotation-without-image': ('annotation of an image that is not in the file', 'ignores it', _CORRECT),
+    'duplicate-file': ('one file as several images or lines', 'uses it more often', 'remove one of them'),
+    'box-degenerate': ('bbox less than a pixel wide or high', 'drops the box silently', _CORRECT),
+    'box-beyond-edge': ('bbox extends over the edge by more than a pixel', 'clips the box', _CHECK_SIZE),
+    'polygon-dropped': (
+        'polygon of less than three points, or an odd number of coordinates',
+        'drops it; if it is the only one, ignores the annotation with its box',
+        _CORRECT,
+    ),
+    'mask-beyond-edge': ('mask extends over the edge by more than a pixel', 'clips it', _CHECK_SIZE),
+    'rle-without-size': ('RLE without size or counts', 'ignores the annotation', _ENCODE),
+    # --- label maps, classification
+    'map-all-ignored': ('label map of ignored pixels only', 'learns nothing from it', _REMOVE_SAMPLE),
+    'class-without-samples': (
         'class without samples',
         'never sees it',
-        'fill or remove its folder (removing renumbers the classes after it)',
+        'fill its folder or remove it (renumbers others)',
     ),
 }
+KINDS = {name: Kind(Severity.ERROR, *row) for name, row in _ERRORS.items()}
+KINDS |= {name: Kind(Severity.WARNING, *row) for name, row in _WARNINGS.items()}

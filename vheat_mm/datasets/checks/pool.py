@@ -1,35 +1,35 @@
-"""Jobs in worker processes, which may die without taking the others' results with them."""
+"""Worker processes of which one may crash or hang without losing more than its job.
+
+Neither ``concurrent.futures`` nor ``multiprocessing.Pool`` does that: the first fails all jobs that are under way when
+a worker dies, the second waits for the lost result forever.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from typing import Generic, NamedTuple, TypeVar
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import NamedTuple, TypeVar
 
 Job = TypeVar('Job')
 Result = TypeVar('Result')
 
-# Jobs that go to a worker at once: a message takes as long as a small picture.
-CHUNK = 16
 # Seconds after which a job is given up.
-PATIENCE = 180
+TIMEOUT = 180.0
+# Jobs sent to a worker in advance, so that it never waits for the next one.
+QUEUED = 4
 
 
-class Died(NamedTuple):
-    """Stands for the result of a job whose process died, of a crash, a lack of memory, or after ``PATIENCE``."""
-
-
-class _Task(NamedTuple, Generic[Job, Result]):
-    function: Callable[[Job], Result]
-    jobs: list[Job]
-    patience: int
+class WorkerCrash(NamedTuple):
+    """In place of the result of a job whose worker crashed, was killed (as without memory), or ran into the timeout."""
 
 
 def run_jobs(
@@ -37,106 +37,102 @@ def run_jobs(
     jobs: Iterable[Job],
     workers: int,
     set_up: Callable[[], None] | None = None,
-    patience: int = PATIENCE,
-) -> Iterator[tuple[Job, Result | Died]]:
+    timeout: float = TIMEOUT,
+) -> Iterator[tuple[Job, Result | WorkerCrash]]:
     """Run jobs in worker processes; yields each job with its result, in no particular order.
 
-    A process that dies breaks its whole pool. The jobs that were under way then run again one by one, so that only
-    the one that kills its process is lost. Few jobs are drawn ahead, so memory does not grow with their number.
+    Few jobs are taken in advance, so memory does not grow with their number.
 
     Args:
-        function: Of the top level of a module; its exceptions are raised here.
+        function: Defined at the top level of a module; its exceptions are raised here.
         jobs: Picklable.
         workers: Number of processes.
-        set_up: Runs first in each process.
-        patience: Seconds for one job, after which its process is ended (not on Windows).
+        set_up: Called first in each process.
+        timeout: Seconds for one job, after which its worker is killed (not on Windows).
     """
-    chunks = _in_chunks(jobs)
-    pending: dict[Future, list[Job]] = {}
-    pool = _start(workers, set_up)
-    try:
-        while True:
-            suspects: list[Job] = []
-            try:
-                for chunk in islice(chunks, 3 * workers - len(pending)):
-                    suspects = chunk
-                    pending[pool.submit(_run, _Task(function, chunk, patience))] = chunk
-                    suspects = []
-            except BrokenProcessPool:
-                pass  # the chunk that could not be submitted is in suspects
-            if not pending and not suspects:
-                return
-            done = wait(pending, return_when=FIRST_COMPLETED).done
-            broken = bool(suspects)
-            for future in done:
-                broken |= isinstance(future.exception(), BrokenProcessPool)
-                if not broken:
-                    yield from zip(pending.pop(future), future.result(), strict=True)
-            if broken:
-                pool.shutdown()
-                for future, chunk in pending.items():
-                    if isinstance(future.exception(), BrokenProcessPool):
-                        suspects += chunk
-                    else:
-                        yield from zip(chunk, future.result(), strict=True)
-                pending.clear()
-                yield from _one_by_one(function, suspects, set_up, patience)
-                pool = _start(workers, set_up)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _in_chunks(jobs: Iterable[Job]) -> Iterator[list[Job]]:
+    # Forked processes have the libraries loaded already; importing them takes seconds.
+    context = multiprocessing.get_context('fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn')
     source = iter(jobs)
-    while chunk := list(islice(source, CHUNK)):
-        yield chunk
+    running: dict[Connection, tuple[BaseProcess, deque[Job]]] = {}
 
+    def start(queue: deque[Job]) -> None:
+        if queue:
+            ours, theirs = context.Pipe()
+            arguments = (theirs, os.getpid(), function, set_up, timeout)
+            process = context.Process(target=_work, args=arguments, daemon=True)  # type: ignore[attr-defined]
+            process.start()
+            theirs.close()  # so that reading our end fails once the worker is gone
+            running[ours] = process, queue
+            send(ours, *queue)
 
-def _one_by_one(
-    function: Callable[[Job], Result], jobs: list[Job], set_up: Callable[[], None] | None, patience: int
-) -> Iterator[tuple[Job, Result | Died]]:
-    pool = _start(1, set_up)
+    def send(connection: Connection, *new: Job) -> None:
+        with contextlib.suppress(OSError):  # the worker has crashed: its queue goes to the next one
+            for job in new:
+                connection.send(job)
+
+    def stop(connection: Connection) -> None:
+        process, _ = running.pop(connection)
+        process.kill()
+        process.join()
+        connection.close()
+
     try:
-        for job in jobs:
-            try:
-                result: Result | Died = pool.submit(_run, _Task(function, [job], patience)).result()[0]
-            except BrokenProcessPool:
-                result = Died()
-                pool.shutdown()
-                pool = _start(1, set_up)
-            yield job, result
+        for _ in range(workers):
+            start(deque(islice(source, QUEUED)))
+        while running:
+            for connection in wait(list(running)):
+                assert isinstance(connection, Connection)
+                queue = running[connection][1]
+                job, new = queue.popleft(), list(islice(source, 1))
+                queue += new
+                result: Result | Exception | WorkerCrash
+                try:
+                    result = connection.recv()
+                except (EOFError, OSError):
+                    result = WorkerCrash()
+                if isinstance(result, Exception):
+                    raise result
+                if isinstance(result, WorkerCrash) or not queue:
+                    stop(connection)
+                    start(queue)
+                else:
+                    send(connection, *new)
+                yield job, result
     finally:
-        pool.shutdown(cancel_futures=True)
+        for connection in list(running):
+            stop(connection)
 
 
-def _start(workers: int, set_up: Callable[[], None] | None) -> ProcessPoolExecutor:
-    # Forked processes have the libraries loaded already; each takes seconds to import them.
-    method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn'
-    context = multiprocessing.get_context(method)
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare, initargs=(set_up, os.getpid()))
-
-
-def _prepare(set_up: Callable[[], None] | None, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us, and says so once
+def _work(
+    connection: Connection,
+    parent: int,
+    function: Callable[[Job], Result],
+    set_up: Callable[[], None] | None,
+    timeout: float,
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
-    if set_up is not None:
-        set_up()
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    try:
+        if set_up is not None:
+            set_up()
+        while True:
+            job = connection.recv()
+            _set_timer(timeout)  # its signal kills the process, also inside of a decoder
+            result = function(job)
+            _set_timer(0)
+            connection.send(result)
+    except Exception as error:
+        connection.send(error)
 
 
-def _end_with_parent(parent: int) -> None:
-    # Not by the parent's sentinel: forked siblings hold each other's open.
+def _set_timer(seconds: float) -> None:
+    if hasattr(signal, 'setitimer'):  # not on Windows
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _exit_with_parent(parent: int) -> None:
+    # The pipe does not tell: workers forked later hold the parent's end open.
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
-
-
-def _run(task: _Task[Job, Result]) -> list[Result]:
-    results = []
-    for job in task.jobs:
-        if hasattr(signal, 'alarm'):
-            signal.alarm(task.patience)  # ends the process, also inside of a decoder
-        results.append(task.function(job))
-    if hasattr(signal, 'alarm'):
-        signal.alarm(0)
-    return results

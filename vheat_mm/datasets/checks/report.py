@@ -1,4 +1,4 @@
-"""Findings: their kinds, what they do to a training, and how they are written down."""
+"""Findings, their report as text and as a dict for JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from vheat_mm.datasets.checks.kinds import KINDS, Severity
 
-# Findings of a kind that are kept. A file whose every box is wrong has a million; the first ones tell as much.
+# Findings of a kind that are kept: a file whose every box is wrong would have a million.
 KEPT = 10_000
 
 
@@ -20,7 +20,7 @@ class Finding(NamedTuple):
         kind: Key of :data:`~vheat_mm.datasets.checks.kinds.KINDS`.
         path: File to look at: an image, a label map, an annotation file.
         value: What is wrong there.
-        image_id: In a COCO file; with its file name where it has one.
+        image_id: In a COCO file.
         annotation_id: In a COCO file.
     """
 
@@ -44,8 +44,8 @@ class Report:
     """All findings of a check.
 
     Attributes:
-        checked: What was looked at, as lines for the summary.
-        counts: Findings by kind, of which :data:`KEPT` each are in ``kept``.
+        checked: Lines for the summary: what was checked.
+        counts: Number of findings by kind; the first :data:`KEPT` of each kind are in ``kept``.
     """
 
     checked: list[str] = field(default_factory=list)
@@ -53,19 +53,19 @@ class Report:
     kept: dict[str, list[Finding]] = field(default_factory=dict)
 
     def add(self, finding: Finding) -> None:
-        """Take a finding in.
+        """Add a finding.
 
         Raises:
             KeyError: Its kind is not in the table.
         """
-        KINDS[finding.kind]  # a misspelt kind must not wait for the user who meets it
+        KINDS[finding.kind]  # raises for a misspelt kind here, not in the report
         self.counts[finding.kind] += 1
         kept = self.kept.setdefault(finding.kind, [])
         if len(kept) < KEPT:
             kept.append(finding)
 
     def add_all(self, findings: Iterable[Finding]) -> None:
-        """Take findings in."""
+        """Add findings."""
         for finding in findings:
             self.add(finding)
 
@@ -74,7 +74,7 @@ class Report:
         return sum(number for kind, number in self.counts.items() if KINDS[kind].severity is severity)
 
     def failed(self, strict: bool) -> bool:
-        """Whether training would be harmed; ``strict`` counts warnings, too."""
+        """Whether there are errors; ``strict`` counts warnings, too."""
         return bool(self.count(Severity.ERROR) or (strict and self.counts))
 
     def render(self, show: int) -> str:
@@ -83,42 +83,38 @@ class Report:
         Args:
             show: Findings of a kind that are listed; 0 lists all that are kept.
         """
-        blocks = [self._block(kind, show) for severity in Severity for kind in self._kinds(severity)]
-        errors, warnings = self.count(Severity.ERROR), self.count(Severity.WARNING)
-        summary = [*self.checked, f'{_number(errors, "error")}, {_number(warnings, "warning")}']
-        return '\n\n'.join([*blocks, '\n'.join(summary)])
+        numbers = [(self.count(severity), severity.value) for severity in Severity]
+        total = ', '.join(f'{number} {name}{"" if number == 1 else "s"}' for number, name in numbers)
+        blocks = [self._block(kind, show) for kind in KINDS if kind in self.counts]
+        return '\n\n'.join([*blocks, '\n'.join([*self.checked, total])])
 
     def to_dict(self) -> dict[str, Any]:
         """The findings for a JSON file."""
         kinds = [
             dict(
                 kind=kind,
-                severity=KINDS[kind].severity.value,
-                title=KINDS[kind].title,
-                training=KINDS[kind].harm,
-                remedy=KINDS[kind].remedy,
+                severity=about.severity.value,
+                title=about.title,
+                training=about.effect,
+                remedy=about.remedy,
                 count=self.counts[kind],
-                findings=[finding._asdict() for finding in sorted(self.kept[kind], key=lambda f: f.path)],
+                findings=[finding._asdict() for finding in self._sorted(kind)],
             )
-            for severity in Severity
-            for kind in self._kinds(severity)
+            for kind, about in KINDS.items()
+            if kind in self.counts
         ]
         errors, warnings = self.count(Severity.ERROR), self.count(Severity.WARNING)
         return dict(checked=self.checked, errors=errors, warnings=warnings, kinds=kinds)
 
-    def _kinds(self, severity: Severity) -> list[str]:
-        return [kind for kind in KINDS if kind in self.counts and KINDS[kind].severity is severity]
+    def _sorted(self, kind: str) -> list[Finding]:
+        return sorted(self.kept[kind], key=lambda finding: finding.path)
 
     def _block(self, kind: str, show: int) -> str:
-        about, count, kept = KINDS[kind], self.counts[kind], self.kept[kind]
-        shown = sorted(kept, key=lambda finding: finding.path)[: show or len(kept)]
+        about, count, findings = KINDS[kind], self.counts[kind], self._sorted(kind)
+        shown = findings[: show or None]
         lines = [f'{about.severity.value}: {about.title} [{kind}], {count} found']
-        lines += [f'  training: {about.harm}', f'  remedy: {about.remedy}']
+        lines += [f'  training: {about.effect}', f'  remedy: {about.remedy}']
         lines += [f'    {finding}' for finding in shown]
         if count > len(shown):
             lines.append(f'    and {count - len(shown)} more (--show 0 --out FILE list up to {KEPT} of a kind)')
         return '\n'.join(lines)
-
-
-def _number(count: int, noun: str) -> str:
-    return f'{count} {noun}{"" if count == 1 else "s"}'

@@ -1,4 +1,4 @@
-"""The samples of a data set: which files they name, and whether their labels can be learned."""
+"""The samples of a data set: the files that they name, and whether their labels are classes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from mmengine.fileio import exists, get_file_backend, list_from_file
+
 from vheat_mm.datasets.checks.coco import judge_coco, read_coco
 from vheat_mm.datasets.checks.datasets import Part
 from vheat_mm.datasets.checks.json_stream import MalformedJsonError
 from vheat_mm.datasets.checks.label_maps import MapRule
 from vheat_mm.datasets.checks.report import Finding
 from vheat_mm.utils.errors import describe
+from vheat_mm.utils.text import some_of
 
 Note = Callable[[Finding], None]
 
@@ -27,7 +30,7 @@ class Sample(NamedTuple):
         image_id: In a COCO file.
         size: (width, height) that the data set states.
         label: Of the whole image.
-        label_map: Path, with what becomes of its values.
+        label_map: Path, and how its values become classes.
     """
 
     image: str
@@ -38,22 +41,26 @@ class Sample(NamedTuple):
 
 
 def list_samples(part: Part, note: Note) -> Iterator[Sample]:
-    """List a data set's samples; what its annotation files show on the way goes to ``note``."""
+    """List a data set's samples; findings on its annotation files go to ``note``."""
     methods = [getattr(type(part.dataset), name, None) for name in ('load_data_list', 'parse_data_info')]
     names = [getattr(method, '__qualname__', '') for method in methods]
-    # By name: none of the task libraries need be installed here. Subclasses with other formats are read by themselves.
-    if names == ['CocoDataset.load_data_list', 'CocoDataset.parse_data_info'] and _is_local(part.dataset.ann_file):
-        yield from _list_coco(part, note)
+    # By name: no task library needs to be installed. Subclasses with other formats are read by their own methods.
+    is_coco = names == ['CocoDataset.load_data_list', 'CocoDataset.parse_data_info']
+    if is_coco and '://' not in part.dataset.ann_file:
+        reader = _list_coco
     elif names[0] == 'CustomDataset.load_data_list' and part.dataset.ann_file:
-        yield from _list_lines(part, note)
+        reader = _list_lines
     else:
         yield from _list_loaded(part, note)
+        return
+    if exists(part.dataset.ann_file):
+        yield from reader(part, note)
+    else:
+        note(Finding('file-missing', part.dataset.ann_file, 'the annotation file'))
 
 
 def _list_coco(part: Part, note: Note) -> Iterator[Sample]:
     path = part.dataset.ann_file
-    if not _exists(path, note):
-        return
     try:
         content = read_coco(path)
     except (MalformedJsonError, OSError) as error:
@@ -68,32 +75,27 @@ def _list_coco(part: Part, note: Note) -> Iterator[Sample]:
 
 
 def _list_lines(part: Part, note: Note) -> Iterator[Sample]:
-    """mmpretrain's lists: a path, a blank and a label in each line."""
-    from mmengine.fileio import get_file_backend, list_from_file
-
+    """mmpretrain's lists: a path, a space and a label in each line."""
     dataset, path = part.dataset, part.dataset.ann_file
-    if not _exists(path, note):
-        return
     backend = get_file_backend(dataset.img_prefix, enable_singleton=True)
-    count = 0
+    empty = True
     seen = _Labels(part, note)
     for number, line in enumerate(list_from_file(path), start=1):
         name, *label = line.strip().rsplit(' ', 1) if dataset.with_label else [line]
         if not name or (dataset.with_label and not (label and label[0].lstrip('+-').isdecimal())):
             note(Finding('label-malformed', path, f'line {number}: {line!r}'))
             continue
-        image = backend.join_path(dataset.img_prefix, name)
-        number_or_none = int(label[0]) if dataset.with_label else None
-        seen.add(number_or_none, path, f'line {number}: {name}')
-        count += 1
-        yield Sample(image, label=number_or_none)
+        empty = False
+        label_or_none = int(label[0]) if dataset.with_label else None
+        seen.add(label_or_none, path, f'line {number}: {name}')
+        yield Sample(backend.join_path(dataset.img_prefix, name), label=label_or_none)
     seen.finish(path)
-    if not count:
-        note(Finding('data-set-empty', path, 'no line of it names a sample'))
+    if empty:
+        note(Finding('dataset-empty', path, 'none of its lines names a sample'))
 
 
 def _list_loaded(part: Part, note: Note) -> Iterator[Sample]:
-    """Any other data set, loaded by itself."""
+    """Any other data set, read by its own methods."""
     dataset = part.dataset
     place = str(getattr(dataset, 'ann_file', '') or getattr(dataset, 'data_root', '') or part.place)
     try:
@@ -101,11 +103,11 @@ def _list_loaded(part: Part, note: Note) -> Iterator[Sample]:
             if hasattr(dataset, 'full_init'):
                 dataset.full_init()
             length = len(dataset)
-    except Exception as error:  # whatever a reader raises on content it cannot take
+    except Exception as error:  # readers raise all kinds on malformed content
         text = f'{type(dataset).__name__}: {describe(error)}'
-        note(Finding('data-set-empty' if 'is empty' in text else 'data-set-unreadable', place, text))
+        note(Finding('dataset-empty' if 'is empty' in text else 'dataset-unreadable', place, text))
         return
-    part.__post_init__()  # its class names may have come with its files
+    part.__post_init__()  # its class names may come from its files
     seen = _Labels(part, note)
     for index in range(length):
         try:
@@ -116,40 +118,36 @@ def _list_loaded(part: Part, note: Note) -> Iterator[Sample]:
         image = info.get('img_path')
         if not isinstance(image, str):  # pixels held in memory, or several images
             continue
-        seen.add(info.get('gt_label'), image, '')
+        label = info.get('gt_label')
+        seen.add(label, image, '')
         _judge_instances(info, part, image, note)
         label_map = info.get('seg_map_path')
         size = (info['width'], info['height']) if 'width' in info and 'height' in info else None
-        label = info.get('gt_label')
-        yield Sample(
-            image,
-            info.get('img_id'),
-            size,
-            label if isinstance(label, int) else None,
-            (label_map, part.map_rule(info)) if label_map else None,
-        )
+        labelled = (label_map, part.map_rule(info)) if label_map else None
+        yield Sample(image, info.get('img_id'), size, label if isinstance(label, int) else None, labelled)
     seen.finish(place)
 
 
 class _Labels:
-    """Labels of whole images, against the classes."""
+    """Compares labels of whole images with the classes."""
 
     def __init__(self, part: Part, note: Note) -> None:
         self._part, self._note = part, note
         self._seen: set[int] = set()
 
     def add(self, label: Any, path: str, text: str) -> None:
-        """Take a sample's label, labels or ``None`` in."""
+        """Add a sample's label, labels or ``None``."""
         labels = label if isinstance(label, list | tuple) else [] if label is None else [label]
         self._seen.update(labels)
         limit = self._part.num_classes
         wrong = [value for value in labels if value < 0 or (limit is not None and value >= limit)]
         if wrong:
-            text = f'label {", ".join(map(str, wrong))}' + (f', {text}' if text else '')
-            self._note(Finding('label-out-of-range', path, f'{text}; classes are 0 .. {(limit or 0) - 1}'))
+            text = f'label {some_of(wrong)}' + (f', {text}' if text else '')
+            classes = f'; classes are 0 .. {limit - 1}' if limit else ''
+            self._note(Finding('label-out-of-range', path, text + classes))
 
     def finish(self, path: str) -> None:
-        """Look for classes that no sample has."""
+        """Report classes without samples."""
         if self._seen and self._part.trains:
             for number, name in enumerate(self._part.classes):
                 if number not in self._seen:
@@ -158,32 +156,19 @@ class _Labels:
 
 def _judge_instances(info: dict, part: Part, path: str, note: Note) -> None:
     """Boxes [left, top, right, bottom] of data sets that are not COCO's."""
-    instances = info.get('instances') or []
+    instances, image_id = info.get('instances') or [], info.get('img_id')
     for number, instance in enumerate(instances):
         box, label = instance.get('bbox'), instance.get('bbox_label')
         text = f'instance {number}: {box}'
         if isinstance(label, int) and part.classes and not 0 <= label < len(part.classes):
-            note(Finding('label-out-of-range', path, f'instance {number}: label {label}', info.get('img_id')))
+            note(Finding('label-out-of-range', path, f'instance {number}: label {label}', image_id))
         if not isinstance(box, list | tuple) or len(box) != 4:
             continue
         if not all(map(math.isfinite, box)):
-            note(Finding('box-not-finite', path, text, info.get('img_id')))
+            note(Finding('box-not-finite', path, text, image_id))
         elif box[2] - box[0] < 0 or box[3] - box[1] < 0:
-            note(Finding('box-negative', path, text, info.get('img_id')))
+            note(Finding('box-negative', path, text, image_id))
         elif box[2] - box[0] < 1 or box[3] - box[1] < 1:
-            note(Finding('box-degenerate', path, text, info.get('img_id')))
+            note(Finding('box-degenerate', path, text, image_id))
     if part.trains and 'instances' in info and not instances:
-        note(Finding('image-without-annotation', path, '', info.get('img_id')))
-
-
-def _exists(path: str, note: Note) -> bool:
-    from mmengine.fileio import exists
-
-    if not exists(path):
-        note(Finding('file-missing', path, 'the annotation file'))
-        return False
-    return True
-
-
-def _is_local(path: str) -> bool:
-    return '://' not in path
+        note(Finding('image-without-annotation', path, '', image_id))

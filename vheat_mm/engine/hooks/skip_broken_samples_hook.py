@@ -1,17 +1,18 @@
-"""One bad image or annotation never ends a training."""
+"""Replace samples that cannot be loaded, so that one bad file does not end a training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from vheat_mm.engine.hooks.annotation_check_hook import check_batch, class_heads, read_labels
+from vheat_mm.engine.hooks.annotation_check_hook import Head, check_batch, class_heads, read_labels
 from vheat_mm.engine.runner.data_loading import SkippingFetch, set_fetch, train_loader
 from vheat_mm.utils.dist import unwrap
 from vheat_mm.utils.errors import AnnotationError
@@ -21,12 +22,12 @@ from vheat_mm.utils.errors import AnnotationError
 class SkipBrokenSamplesHook(Hook):
     """Leave out samples that cannot be loaded, or whose labels the model cannot learn, with a line in the log.
 
-    Another sample of the set, drawn at random, takes the place, so that batches keep their size. Without this hook,
-    one file that has gone bad, or one label out of range, ends the run at the iteration that draws it. Validation
-    sets are treated alike: a metric then counts the other sample twice, and the log says so.
+    Another sample, drawn at random, takes its place, so that batches keep their size. Without this hook, one corrupt
+    file or one label out of range ends the run at the iteration that draws it. Validation sets are treated alike: a
+    metric then counts the other sample twice.
 
     Args:
-        tries: Failures in a row that end the run: then it is the storage, or the config, and no single sample.
+        tries: Failures in a row that end the run: the cause is then the storage or the config, not a single sample.
 
     Raises:
         ValueError: ``tries`` is no positive number.
@@ -40,44 +41,33 @@ class SkipBrokenSamplesHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Put the check into the loaders of training and validation."""
-        check = LabelCheck(class_heads(unwrap(runner.model)))
-        loader = train_loader(runner)
-        set_fetch(loader, lambda _: SkippingFetch(loader.dataset, check, self.tries))
+        check = partial(check_sample, class_heads(unwrap(runner.model)))
+
+        def skip(loader: DataLoader) -> None:
+            set_fetch(loader, lambda _: SkippingFetch(loader.dataset, check, self.tries))
+
+        skip(train_loader(runner))
         if runner.val_loop is not None:
-            validation = runner.val_dataloader
-            set_fetch(validation, lambda _: SkippingFetch(validation.dataset, check, self.tries))
+            skip(runner.val_dataloader)
 
 
-class LabelCheck:
-    """Refuses a loaded sample whose labels lie outside what a head knows.
+def check_sample(heads: dict[str, Head], sample: Any) -> None:
+    """Check a loaded sample's labels.
 
-    Args:
-        heads: What :func:`~vheat_mm.engine.hooks.annotation_check_hook.class_heads` found. Only numbers are kept, as workers get
-            a copy.
+    Raises:
+        AnnotationError: A label lies outside of what its head knows, or the label map has another size than the image.
     """
-
-    def __init__(self, heads: dict[str, tuple[str, Any]]) -> None:
-        self._heads = {
-            kind: (
-                name,
-                SimpleNamespace(num_classes=head.num_classes, ignore_index=getattr(head, 'ignore_index', 255)),
-            )
-            for kind, (name, head) in heads.items()
-        }
-
-    def __call__(self, sample: Any) -> None:
-        """Raises :class:`~vheat_mm.utils.errors.AnnotationError` for such a sample."""
-        data_sample = sample.get('data_samples') if isinstance(sample, Mapping) else None
-        if data_sample is not None:
-            check_batch(dict(data_samples=[data_sample]), self._heads)
-            check_map_size(sample.get('inputs'), data_sample)
+    data_sample = sample.get('data_samples') if isinstance(sample, Mapping) else None
+    if data_sample is not None:
+        check_batch(dict(data_samples=[data_sample]), heads)
+        check_map_size(sample.get('inputs'), data_sample)
 
 
 def check_map_size(image: Any, data_sample: Any) -> None:
-    """A label map is as large as its image: as given to the model (training), or as it was in the file (validation).
+    """Compare a label map's size with its image, as given to the model (training) or as stored (validation).
 
     Raises:
-        AnnotationError: It is neither; a metric ends the run on that.
+        AnnotationError: It has neither size; a metric fails on that.
     """
     labels, meta = read_labels(data_sample, 'gt_sem_seg'), getattr(data_sample, 'metainfo', {})
     if labels is None or not isinstance(image, Tensor):
@@ -86,5 +76,5 @@ def check_map_size(image: Any, data_sample: Any) -> None:
     if tuple(labels.shape[-2:]) not in sizes:
         raise AnnotationError(
             f'{meta.get("seg_map_path") or meta.get("img_path")}: the label map is {tuple(labels.shape[-2:])} (height, '
-            f'width), and its image {sizes[-1]}; write the map anew at the size of the image'
+            f'width), and its image {sizes[-1]}; write it again at the size of the image'
         )

@@ -1,0 +1,178 @@
+"""COCO annotation files, each with one fault."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import corrupt_data
+import numpy as np
+import pytest
+from data_checks import DETECTION, check, dataset
+from mmengine.registry import init_default_scope
+
+from vheat_mm.datasets.checks import masks
+from vheat_mm.datasets.checks.coco import judge_coco, read_coco
+from vheat_mm.datasets.checks.coco_labels import check_coco_file
+from vheat_mm.datasets.checks.kinds import KINDS
+from vheat_mm.datasets.checks.report import Report
+from vheat_mm.utils.errors import AnnotationError
+
+ANNOTATIONS = {name: kinds for name, (_, kinds) in corrupt_data.ANNOTATION_FAULTS.items()} | {'good': set()}
+
+
+def names_by_effect(words: str) -> list[str]:
+    return [name for name, kinds in ANNOTATIONS.items() if any(words in KINDS[kind].effect for kind in kinds)]
+
+
+@pytest.mark.parametrize('name', ANNOTATIONS)
+def test_annotations(coco, name):
+    content = read_coco(str(coco[name]))
+    findings = list(judge_coco(content, corrupt_data.CLASSES, trains=True, with_mask=True))
+    assert {finding.kind for finding in findings} == ANNOTATIONS[name]
+    Report().add_all(findings)
+    if name.startswith(('box', 'area', 'polygon', 'mask', 'rle', 'category')):
+        assert (findings[0].image_id, findings[0].annotation_id) == (1, 1)
+
+
+def test_annotations_that_mmdet_ignores(tmp_path):
+    content = corrupt_data.coco_content({name: Path(f'{name}.jpg') for name in corrupt_data.GOOD})
+    content['annotations'][0].update(ignore=1, bbox=[8, 8, -5, -5], segmentation=[])
+    (tmp_path / 'x.json').write_text(json.dumps(content))
+    assert list(judge_coco(read_coco(str(tmp_path / 'x.json')), corrupt_data.CLASSES, True, True)) == []
+
+
+def test_findings_name_their_annotation(tmp_path):
+    content = corrupt_data.coco_content({f'n{i}': tmp_path / f'n{i}.jpg' for i in range(50)})
+    for i in (6, 7, 48):
+        content['annotations'][i]['bbox'] = [8, 8, -1, 5]
+        content['annotations'][i + 1]['segmentation'] = [[1, 1, 5, 5, 500, 9]]
+    (tmp_path / 'x.json').write_text(json.dumps(content))
+    findings = list(judge_coco(read_coco(str(tmp_path / 'x.json')), corrupt_data.CLASSES, True, True))
+    assert sorted((f.kind, f.annotation_id) for f in findings) == [
+        ('box-negative', 7),
+        ('box-negative', 8),
+        ('box-negative', 49),
+        ('mask-beyond-edge', 9),
+        ('mask-beyond-edge', 50),
+    ]
+
+
+def test_sizes_and_files_named_twice(coco):
+    for name, kind, text in (
+        ('size_wrong', 'size-differs', '128 x 96 stated, 64 x 48 decoded'),
+        ('size_swapped', 'size-differs', '48 x 64 stated, 64 x 48 decoded'),
+        ('duplicate_file', 'duplicate-file', 'images 1, 50'),
+    ):
+        report = check('mmdet', train=dataset(DETECTION, coco[name]))
+        assert [finding.value for finding in report.kept[kind]] == [text]
+
+
+def test_masks_matter_only_where_they_are_loaded(coco):
+    pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True)]
+    report = check('mmdet', train=dataset(DETECTION, coco['mask_missing'], pipeline=pipeline))
+    assert not report.counts
+
+
+def test_images_without_objects_matter_in_training_only(coco):
+    data = dataset(DETECTION, coco['no_annotations'])
+    assert set(check('mmdet', train=data).counts) == ANNOTATIONS['no_annotations']
+    assert not check('mmdet', splits=('test',), test=data).counts
+
+
+@pytest.mark.parametrize(
+    ('classes', 'kind'), [(('disc', 'box'), 'classes-order'), (('box', 'Disc'), 'classes-missing'), (('box',), None)]
+)
+def test_class_names(coco, classes, kind):
+    findings = judge_coco(read_coco(str(coco['good'])), classes, trains=True, with_mask=True)
+    assert [finding.kind for finding in findings] == ([kind] if kind else [])
+
+
+@pytest.mark.parametrize(
+    ('name', 'text'),
+    [
+        ('json_cut', r'line \d+, at the end of the file'),
+        ('json_comma', r'line 41, column 4: '),
+        ('json_list', 'line 1, column 1: expected an object'),
+        ('json_zero_bytes', 'line 1, at the end of the file'),
+    ],
+)
+def test_malformed_json(coco, name, text):
+    report = check('mmdet', train=dataset(DETECTION, coco[name]))
+    assert list(report.counts) == ['json-malformed']
+    assert re.match(text, report.kept['json-malformed'][0].value)
+
+
+def build_coco(ann_file: Path, filter_cfg: dict | None):
+    cocos = pytest.importorskip('mmdet.datasets.coco')
+    init_default_scope('mmdet')
+    fields = {key: DETECTION[key] for key in ('metainfo', 'data_prefix')}
+    return cocos.CocoDataset(ann_file=str(ann_file), filter_cfg=filter_cfg, **fields)
+
+
+@pytest.mark.parametrize('name', [*names_by_effect('builds'), *corrupt_data.TEXT_FAULTS])
+def test_mmdet_stops_where_the_table_says_so(coco, name, capsys):
+    with pytest.raises((KeyError, ValueError, TypeError, AssertionError)):
+        build_coco(coco[name], dict(filter_empty_gt=True))
+
+
+@pytest.mark.parametrize('name', names_by_effect('learned as background'))
+def test_mmdet_drops_boxes_where_the_table_says_so(coco, name, capsys):
+    assert build_coco(coco[name], None).get_data_info(0)['instances'] == []
+
+
+def test_run_lengths_are_those_of_pycocotools():
+    coder = pytest.importorskip('pycocotools.mask')
+    rng = np.random.default_rng(0)
+    for scale, first in itertools.product((1, 7, 40), (0, 1)):
+        mask = np.kron(rng.integers(0, 2, (60 // scale + 1, 90 // scale + 1)), np.ones((scale, scale)))[:60, :90]
+        mask = mask if mask[0, 0] == first else 1 - mask
+        flat = mask.astype(np.uint8).flatten(order='F')
+        changes = np.flatnonzero(np.diff(flat)) + 1
+        runs = np.diff([0, *changes, flat.size]).tolist()
+        expected = runs if flat[0] == 0 else [0, *runs]
+        rle = coder.encode(np.asfortranarray(mask.astype(np.uint8)))
+        assert masks.run_lengths(rle['counts'].decode()) == expected
+
+
+# --- the check at the start of training
+
+
+@pytest.mark.parametrize(
+    ('classes', 'category', 'word'),
+    [
+        (('nut', 'bolt'), 7, None),
+        (('nut',), 7, None),  # a subset of the categories, as mmdet allows
+        (('nut', 'bolt'), 9, 'category_id=9'),
+        (('bolt', 'nut'), 7, 'order'),
+        (('nut', 'Bolt'), 7, 'lack .Bolt'),
+    ],
+)
+def test_start_up_check_of_categories(tmp_path, classes, category, word):
+    path = tmp_path / 'coco.json'
+    categories = [dict(id=3, name='nut'), dict(id=7, name='bolt')]
+    annotations = [dict(id=1, image_id=1, category_id=3), dict(id=2, image_id=1, category_id=category)]
+    path.write_text(json.dumps(dict(categories=categories, annotations=annotations)))
+    if word is None:
+        check_coco_file(str(path), classes)
+    else:
+        with pytest.raises(AnnotationError, match=f'coco.json: .*{word}'):
+            check_coco_file(str(path), classes)
+
+
+@pytest.mark.parametrize(
+    ('polygon', 'word'),
+    [([[1, 2, float('nan'), 4, 5, 6]], 'nan in its segmentation'), ([[1, 2, -float('inf'), 4, 5, 6]], 'inf in its')],
+)
+def test_start_up_check_finds_nan(tmp_path, polygon, word):
+    path = tmp_path / 'coco.json'
+    good = dict(id=1, image_id=1, category_id=3, segmentation=[[1, 2, 3, 4, 5, 6]])
+    bad = dict(good, id=7, image_id=4, segmentation=polygon)
+    path.write_text(json.dumps(dict(categories=[dict(id=3, name='cat')], annotations=[good, bad])))
+    with pytest.raises(AnnotationError, match=f'coco.json: annotation 7 of image 4 has {word}'):
+        check_coco_file(str(path), ('cat',))
+    path.write_text(json.dumps(dict(images=[{}, dict(height=polygon)])))
+    with pytest.raises(AnnotationError, match=r'coco.json: images\[1\] holds (NaN|-Infinity)'):
+        check_coco_file(str(path), ('cat',))
