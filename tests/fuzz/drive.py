@@ -1,4 +1,4 @@
-"""Give files to every loader in a process that watches itself: code run, memory, time, files written, errors.
+"""Give files to every loader in a process that monitors itself: code run, memory, time, files written, errors.
 
 python tests/fuzz/drive.py FOLDER < names: one line of JSON for each file
 """
@@ -21,12 +21,12 @@ import torch
 from mmengine.runner import load_checkpoint
 
 from vheat_mm import VHeat
-from vheat_mm.checkpoint.io import pickle_inspector as pickle_check
+from vheat_mm.checkpoint import pickle_inspector
 from vheat_mm.checkpoint.io import read_checkpoint
 from vheat_mm.checkpoint.verify import verify_file
-from vheat_mm.engine import fileio as safe_io
-from vheat_mm.models.load_weights import load_pretrained
-from vheat_mm.models.weights import find_weights
+from vheat_mm.engine import fileio
+from vheat_mm.models.find_weights import find_weights
+from vheat_mm.models.weights import load_pretrained
 from vheat_mm.utils.errors import CheckpointError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -75,7 +75,7 @@ class Loaders:
         self.out = out
         self.model = VHeat(arch=ARCH, img_size=64)
         self.reached = 0  # calls of PyTorch's loader
-        safe_io.install()
+        fileio.install()
         load = torch.load
 
         def counted(*arguments: Any, **options: Any) -> Any:
@@ -192,7 +192,7 @@ def main(folder: str) -> None:
     """Drive the files named on standard input."""
     out = Path(folder, 'out')
     out.mkdir(exist_ok=True)
-    pickle_check.MAX_OPCODES = 100_000  # the same rule in less time
+    pickle_inspector.MAX_OPCODES = 100_000  # the same rule in less time
     loaders, watch = Loaders(out), Watch(out)
     warm = Path(folder, 'warm.pth')
     torch.save({'model': loaders.model.state_dict()}, warm)

@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=['vheat_mm']):
     from fuzz.drive import Loaders, Watch, limit_memory, measure
     from fuzz.hostile_files import records_of, write_zip
 
-    from vheat_mm.checkpoint.io import pickle_inspector as pickle_check
+    from vheat_mm.checkpoint import pickle_inspector
 
 FORMS = ('file', 'zip', 'stream', 'safetensors')
 
@@ -31,7 +31,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp())
     (scratch / 'out').mkdir()
-    pickle_check.MAX_OPCODES = 20_000  # the same rule in less time
+    pickle_inspector.MAX_OPCODES = 20_000  # the same rule in less time
     loaders, watch = Loaders(scratch / 'out'), Watch(scratch)
     state = {key: value[:1].clone() if value.ndim else value for key, value in loaders.model.state_dict().items()}
     records = records_of({'model': state})

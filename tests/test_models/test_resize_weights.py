@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import interpolate4downstream
-from vheat_mm.models.load_weights import load_pretrained
+from vheat_mm.models.weights import load_pretrained
 from vheat_mm.ops.freq_embed import resize_freq_embed
 
 SCRIPT = Path(interpolate4downstream.__file__)

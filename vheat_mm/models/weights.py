@@ -82,7 +82,7 @@ class Comparison:
     def report(self, mode: str = 'pad') -> str:
         """What loading does with each tensor, for the log; ``mode`` is how FVEs are resized."""
         notes = {
-            f'resized, {mode}': self._shapes(self.resized),
+            f'resized, {mode}': self._shapes(self.resized, '->'),
             'of another shape, not loaded': self._shapes(self.reshaped),
             'missing, left as initialised': self.missing,
             'of stages that are not built, dropped': self.unbuilt,
@@ -92,9 +92,9 @@ class Comparison:
         lines += [f'  {note} ({len(keys)}): {some_of(keys)}' for note, keys in notes.items() if keys]
         return '\n'.join(lines)
 
-    def _shapes(self, keys: list[str]) -> list[str]:
-        pairs = [(key, format_shape(self.state[key].shape), format_shape(self.own[key].shape)) for key in keys]
-        return [f'{key} {found} instead of {expected}' for key, found, expected in pairs]
+    def _shapes(self, keys: list[str], relation: str = 'instead of') -> list[str]:
+        shapes = {key: (format_shape(self.state[key].shape), format_shape(self.own[key].shape)) for key in keys}
+        return [f'{key} {found} {relation} {own}' for key, (found, own) in shapes.items()]
 
 
 def compare(state: StateDict, own: StateDict, backbone: str | None = None) -> Comparison:
