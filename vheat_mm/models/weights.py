@@ -266,7 +266,7 @@ def load_pretrained(
         raise CheckpointError(f'{path!r} does not fit this model, {variant}; {wrong}. Nothing was loaded.')
     state = {key: value for key, value in weights.backbone.items() if key in own}
     for key in found.resized:
-        state[key] = resize_freq_embed(state[key], own[key].shape[:2], mode=resize)
+        state[key] = resize_freq_embed(state[key], (own[key].shape[0], own[key].shape[1]), mode=resize)
     model.load_state_dict(state, strict=False)
     found.left_over += weights.head
     print_log(
@@ -282,7 +282,7 @@ def resize_loaded_freq_embeds(model: nn.Module, state_dict: dict, prefix: str, *
         value = state_dict.get(key)
         if value is None or value.shape == own.shape or not _is_other_grid(name, value, own):
             continue
-        state_dict[key] = resize_freq_embed(value, own.shape[:2], mode='pad')
+        state_dict[key] = resize_freq_embed(value, (own.shape[0], own.shape[1]), mode='pad')
         print_log(f'{key}: resized (pad) {format_shape(value.shape)} -> {format_shape(own.shape)}', logger='current')
 
 
