@@ -266,7 +266,7 @@ def test_slow_servers(server, monkeypatch):
 
 
 def test_allowed_numpy_types_cannot_be_changed(tmp_path):
-    """The allowed classes hold for every torch.load of the process; flags of a dtype could turn numbers into pointers."""
+    """They are allowed for every torch.load of the process, and flags of a dtype could turn numbers into pointers."""
     register_safe_globals()
     fragment = FRAGMENTS['numpy type with flags']
     hostile_files.write_zip(tmp_path / 'x.pth', hostile_files.with_fragment({}, fragment))

@@ -1,4 +1,4 @@
-"""Checkpoints of every format load whole or not at all, run nothing, and are written whole or not at all."""
+"""Checkpoints of every format are loaded completely or not at all, run no code, and are written atomically."""
 
 import errno
 import os
@@ -44,7 +44,7 @@ def mmengine_of(released: dict) -> dict:
 
 
 def yacs_node() -> dict:
-    """What a released checkpoint pickles as its ``config``, made without yacs."""
+    """The ``config`` of a released checkpoint, made without yacs."""
     node = type('CfgNode', (dict,), {'__module__': 'yacs.config', '__qualname__': 'CfgNode'})
     module = type(sys)('yacs.config')
     module.CfgNode = node
@@ -113,7 +113,7 @@ def test_moving_average(tmp_path, released, make_vheat):
         find_weights(dict(model_ema=released))
 
 
-def test_classifier_becomes_mmpretrains(released):
+def test_classifier_has_mmpretrains_keys(released):
     assert find_weights(dict(model=released)).to_mmengine().keys() == mmengine_of(released).keys()
     assert find_weights(dict(state_dict=mmengine_of(released))).to_mmengine().keys() == mmengine_of(released).keys()
 
