@@ -80,7 +80,7 @@ def find_newest(work_dir: str | Path, since: float | None = None) -> tuple[str |
         )
     if last is not None and not last.exists():
         raise CheckpointError(
-            f'{str(Path(work_dir) / LAST)!r} names {named!r}, which does not exist: restore it, name another with '
+            f'{str(Path(work_dir) / LAST)!r} names {named!r}, which is not there: restore it, name another with '
             f'--resume PATH, or remove {LAST} to start anew'
         )
     return None, [f'left out: {reason}' for reason in corrupt.values()]
