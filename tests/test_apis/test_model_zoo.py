@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import pickle
 import re
 import shutil
 import socket
@@ -315,6 +316,7 @@ def test_created_models_save(hub, narrow, released, tmp_path):
     assert json.loads((tmp_path / 'x' / 'config.json').read_text())['arch'] == 'tiny'
     modes = {path.stat().st_mode for path in (tmp_path / 'x').iterdir()}
     assert len(modes) == 1  # who may read the config may read the weights
+    assert type(pickle.loads(pickle.dumps(model))) is hub.HubVHeatClassifier
     again = hub.HubVHeatClassifier.from_pretrained(tmp_path / 'x')
     assert_equal(model, again, numbers['x'].float())
     # create_model loads a backbone from a classifier's folder

@@ -20,14 +20,14 @@ from vheat_mm.utils.text import format_shape, some_of
 _FREQ_EMBED = re.compile(r'(?:.+\.)?freq_embed\.\d')
 _OUT_NORM = re.compile(r'(?:backbone\.)?outnorm\d\.')
 _STAGE = re.compile(r'(?:layers|freq_embed)\.(\d)(?:\.|$)')
-_DOWNSAMPLE = re.compile(r'layers\.(\d)\.\d+\.[01]\.(?:weight|bias)$')
+_DOWNSAMPLE = re.compile(r'layers\.\d\.\d+\.[01]\.(?:weight|bias)$')
 
 
 class VariantError(CheckpointError):
     """The checkpoint holds another variant of vHeat than the model.
 
     Attributes:
-        arch: The checkpoint's variant, ``None`` where it is not a published one.
+        arch: The checkpoint's variant, ``None`` if it is not a published one.
     """
 
     def __init__(self, message: str, arch: str | None = None) -> None:
@@ -43,8 +43,8 @@ class Comparison:
         state: The state dict to load.
         own: The module's.
         missing: Keys of the module that the state dict lacks.
-        left_over: Keys of the state dict that the module lacks, but for:
-        unbuilt: Those of stages that ``out_indices`` leaves unbuilt.
+        left_over: Keys of the state dict that the module lacks, without those in ``unbuilt``.
+        unbuilt: Keys of stages that the module does not build because of ``out_indices``.
         resized: FVEs of another grid, which are resized when they are loaded.
         reshaped: All other tensors of another shape.
     """
@@ -58,7 +58,7 @@ class Comparison:
     reshaped: list[str]
 
     def without(self, optional: Callable[[str], object]) -> Comparison:
-        """The same with optional keys taken from those missing and left over."""
+        """The same without missing and left over keys that are optional."""
         missing, left_over = ([key for key in keys if not optional(key)] for keys in (self.missing, self.left_over))
         return replace(self, missing=missing, left_over=left_over)
 
@@ -73,14 +73,14 @@ class Comparison:
         return len(self.own.keys() & self.state.keys()) - len(self.reshaped)
 
     def __str__(self) -> str:
-        """The differences that keep it from being loaded, for an error message."""
+        """The differences that prevent loading, for an error message."""
         return (
             f'missing: {some_of(self.missing)}; left over: {some_of(self.left_over)}; '
             f'of another shape: {some_of(self._shapes(self.reshaped))}'
         )
 
     def report(self, mode: str = 'pad') -> str:
-        """What loading does with each tensor, for the log; ``mode`` is how FVEs are resized."""
+        """What loading does, for the log; ``mode`` is how FVEs are resized."""
         notes = {
             f'resized, {mode}': self._shapes(self.resized, '->'),
             'of another shape, not loaded': self._shapes(self.reshaped),
@@ -106,7 +106,7 @@ def compare(state: StateDict, own: StateDict, backbone: str | None = None) -> Co
         backbone: Prefix of a vHeat of which ``state`` may hold more stages than the module has; ``None`` for none.
     """
     only_there = [key for key in state if key not in own]
-    unbuilt = [] if backbone is None else _unbuilt(only_there, own, backbone)
+    unbuilt = {} if backbone is None else _unbuilt(only_there, own, backbone)
     differ = [key for key in own if key in state and state[key].shape != own[key].shape]
     resized = [key for key in differ if _is_other_grid(key, state[key], own[key])]
     return Comparison(
@@ -114,7 +114,7 @@ def compare(state: StateDict, own: StateDict, backbone: str | None = None) -> Co
         own=own,
         missing=[key for key in own if key not in state],
         left_over=[key for key in only_there if key not in unbuilt],
-        unbuilt=unbuilt,
+        unbuilt=list(unbuilt),
         resized=resized,
         reshaped=[key for key in differ if key not in resized],
     )
@@ -124,24 +124,23 @@ def _is_other_grid(key: str, value: Tensor, own: Tensor) -> bool:
     return _FREQ_EMBED.fullmatch(key) is not None and value.ndim == own.ndim == 3 and value.shape[2] == own.shape[2]
 
 
-def _unbuilt(keys: list[str], own: StateDict, prefix: str) -> list[str]:
-    """Keys of the stages after the last one of a vHeat, and of the downsampling between it and the next."""
+def _unbuilt(keys: list[str], own: StateDict, prefix: str) -> dict[str, None]:
+    """The keys, in order, of the stages after the last one that a vHeat has, and of the downsampling to them."""
     stages = [_STAGE.match(key.removeprefix(prefix)) for key in own if key.startswith(prefix)]
     last = max((int(stage.group(1)) for stage in stages if stage), default=NUM_STAGES - 1)
+
+    def is_unbuilt(key: str) -> bool:
+        stage = _STAGE.match(key)
+        return stage is not None and int(stage.group(1)) >= (last if _DOWNSAMPLE.match(key) else last + 1)
+
     if last == NUM_STAGES - 1:
-        return []
-    unbuilt = []
-    for key in keys:
-        inner = key.removeprefix(prefix)
-        stage, downsample = _STAGE.match(inner), _DOWNSAMPLE.match(inner)
-        if key.startswith(prefix) and stage and int(stage.group(1)) >= last + (0 if downsample else 1):
-            unbuilt.append(key)
-    return unbuilt
+        return {}
+    return dict.fromkeys(key for key in keys if key.startswith(prefix) and is_unbuilt(key.removeprefix(prefix)))
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What a backbone's weights tell about its ``arch``; see :class:`~vheat_mm.VHeat`."""
+    """The part of ``arch`` (see :class:`~vheat_mm.VHeat`) that can be read from a backbone's weights."""
 
     embed_dims: int
     depths: tuple[int, ...]
@@ -175,7 +174,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """``'vHeat-tiny'``, or ``'a vHeat'`` where it is not a published variant."""
+        """``'vHeat-tiny'``, or ``'a vHeat'`` if it is not a published variant."""
         return f'vHeat-{self.arch}' if self.arch else 'a vHeat'
 
     def __str__(self) -> str:
