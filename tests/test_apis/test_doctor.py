@@ -135,6 +135,14 @@ def test_source_folder_that_is_not_installed(installed, monkeypatch):
     assert doctor.install('torch') == 'pip install torch'
 
 
+def test_without_packaging(installed, monkeypatch):
+    monkeypatch.setattr(doctor, 'SpecifierSet', None)
+    monkeypatch.setattr(doctor, 'distribution_version', lambda name: '0.1.0')
+    assert doctor.check_metadata().remedy == 'pip install packaging'
+    assert doctor.check_python().status == 'ok'
+    assert doctor.range_fault('torch', '1.0') == ''
+
+
 def test_core_failure_decides_the_exit_status(monkeypatch, capsys):
     def fails():
         raise RuntimeError('first line\nsecond line')
