@@ -28,24 +28,16 @@ from vheat_mm.utils.text import first_line, some_of
 _CONFIG, _WEIGHTS = 'config.json', 'model.safetensors'  # the mixin's file names
 # Entries of the config beside the constructor's arguments: the class, and the image size of ``switch_to_deploy``.
 _ARCHITECTURE, _DEPLOYED = 'architecture', 'deployed'
-# The classes of this module: what they add the mixin to, and their task on the Hub.
+# The classes of :mod:`vheat_mm.hub`: what they add the mixin to, and their task on the Hub.
 _BASES: dict[str, tuple[type[nn.Module], str]] = {
     'HubVHeat': (VHeat, 'image-feature-extraction'),
     'HubVHeatClassifier': (VHeatClassifier, 'image-classification'),
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _BASES:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return hub_class(name)
-
-
 @functools.cache
 def hub_class(name: str) -> Any:
-    """``HubVHeat`` or ``HubVHeatClassifier``.
-
-    It is made at the first call, as huggingface_hub is optional and must not be imported with the package.
+    """Make ``HubVHeat`` or ``HubVHeatClassifier``; not on import, as huggingface_hub is optional.
 
     Raises:
         ModuleNotFoundError: huggingface_hub is not installed.
@@ -66,10 +58,8 @@ def hub_class(name: str) -> Any:
         tags=['vheat', 'backbone'],
         pipeline_tag=task,
     )
-    members = dict(__module__=__name__, __doc__=_DOC.format(base.__name__), architecture=base.__name__)
-    return types.new_class(
-        name, (_HubMethods, PyTorchModelHubMixin, base), arguments, lambda body: body.update(members)
-    )
+    members = dict(__module__='vheat_mm.hub', __doc__=_DOC.format(base.__name__), architecture=base.__name__)
+    return types.new_class(name, (_HubMethods, PyTorchModelHubMixin, base), arguments, lambda ns: ns.update(members))
 
 
 _DOC = """:class:`~vheat_mm.models.{}` with ``save_pretrained``, ``push_to_hub`` and ``from_pretrained``.

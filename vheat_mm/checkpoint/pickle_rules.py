@@ -84,7 +84,7 @@ class CheckpointInspector(PickleInspector):
         self.storage_bytes = 0
         self.tensor_bytes = 0
         self.functions: dict[str, Callable[..., Any]] = {
-            'collections.OrderedDict': self._ordered_dict,
+            'collections.OrderedDict': lambda: Value('ordered'),
             'collections.Counter': self._counter,
             'torch._utils._rebuild_tensor': self._tensor,
             'torch._utils._rebuild_tensor_v2': self._tensor_v2,
@@ -163,9 +163,6 @@ class CheckpointInspector(PickleInspector):
         self.copied += size
         if self.copied > 4 * self.length:  # to bytes and to an array
             self.refuse('it copies more bytes than the file has')
-
-    def _ordered_dict(self) -> Value:
-        return Value('ordered')
 
     def _counter(self, counts: Any = None) -> Value:
         if counts is not None and not _is_dict(counts):

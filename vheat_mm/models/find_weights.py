@@ -51,10 +51,7 @@ class Weights:
 
 
 def find_weights(
-    checkpoint: dict[str, Any],
-    path: str = 'checkpoint',
-    prefix: str | None = None,
-    ema: bool = False,
+    checkpoint: dict[str, Any], path: str = 'checkpoint', prefix: str | None = None, ema: bool = False
 ) -> Weights:
     """Find the vHeat backbone in a checkpoint of any supported format.
 
