@@ -1,4 +1,4 @@
-"""Bring the frequency value embeddings (FVEs) of a vHeat checkpoint to another image size.
+"""Resize the frequency value embeddings (FVEs) of a vHeat checkpoint for another image size.
 
 python interpolate4downstream.py --pt_pth vHeat_tiny.pth --pt_size 224 --tg_pth vheat_tiny_512.pth --tg_size 512
 """
@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vheat_mm.models.resize_weights import check_target, read_size, resize_checkpoint, write_resized
+from vheat_mm.models.resize_weights import check_target, resize_checkpoint, write_resized
 from vheat_mm.ops.freq_embed import RESIZE_MODES, to_pair
 from vheat_mm.utils.errors import CheckpointError
 
@@ -19,7 +19,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         '--pt_pth', required=True, help='checkpoint to read: classification, MMEngine, bare, safetensors'
     )
     parser.add_argument(
-        '--pt_size', type=int, nargs='+', default=[224], metavar='PIXELS', help='its image size, or H W'
+        '--pt_size', type=int, nargs='+', default=[224], metavar='PIXELS', help='image size it was trained with, or H W'
     )
     parser.add_argument('--tg_pth', required=True, help='file to write; never the input')
     parser.add_argument('--tg_size', type=int, nargs='+', default=[512], metavar='PIXELS', help='image size, or H W')
@@ -27,18 +27,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         '--mode',
         choices=RESIZE_MODES,
         default='pad',
-        help='pad: entry n stays entry n (so many half waves across the map), new entries are 0, as in the release; '
+        help='pad: entry n stays entry n (n half waves across the map), new entries are 0, as in the release; '
         'bicubic, bilinear: an entry keeps its frequency per pixel',
     )
     parser.add_argument('--ema', action='store_true', help='take the moving average of the weights')
-    parser.add_argument('--prefix', help="what stands before the backbone's keys, where a file holds several")
-    parser.add_argument('--dry-run', action='store_true', help='say what would be done, write nothing')
+    parser.add_argument('--prefix', help="prefix of the backbone's keys, where a file holds several backbones")
+    parser.add_argument('--dry-run', action='store_true', help='show what would be done and write nothing')
     args = parser.parse_args(argv)
     for name in ('pt_size', 'tg_size'):
         values = getattr(args, name)
         if len(values) > 2:
             parser.error(f'--{name} takes one or two numbers, got {values}')
-        setattr(args, name, read_size(values))
+        setattr(args, name, (values[0], values[-1]))
     return args
 
 

@@ -49,7 +49,7 @@ setup(
     packages=find_packages(include=['vheat_mm', 'vheat_mm.*']),
     scripts=['interpolate4downstream.py'],
     python_requires='>=3.10',
-    install_requires=['torch>=2.1', 'mmengine>=0.10.4'],
+    install_requires=['torch>=2.1', 'mmengine>=0.10.4,<1.0.0'],
     extras_require=EXTRAS,
     keywords=['vHeat', 'OpenMMLab', 'object detection', 'semantic segmentation', 'backbone'],
     classifiers=[

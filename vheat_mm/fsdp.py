@@ -1,4 +1,4 @@
-"""``vheat_mm.fsdp``, the name that configs import for :class:`~vheat_mm.engine.strategies.fsdp.ShardedStrategy`."""
+"""``vheat_mm.fsdp``, the public name of :mod:`vheat_mm.engine.strategies.fsdp`, which configs import."""
 
 from vheat_mm.engine.strategies.fsdp import ShardedStrategy
 

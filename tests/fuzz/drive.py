@@ -1,4 +1,4 @@
-"""Give files to every loader in a process that watches itself: code run, memory, time, files written, errors.
+"""Give files to every loader in a process that monitors itself: code run, memory, time, files written, errors.
 
 python tests/fuzz/drive.py FOLDER < names: one line of JSON for each file
 """
@@ -21,12 +21,12 @@ import torch
 from mmengine.runner import load_checkpoint
 
 from vheat_mm import VHeat
-from vheat_mm.checkpoint.io import pickle_inspector as pickle_check
+from vheat_mm.checkpoint import pickle_inspector
 from vheat_mm.checkpoint.io import read_checkpoint
 from vheat_mm.checkpoint.verify import verify_file
-from vheat_mm.engine import fileio as safe_io
-from vheat_mm.models.load_weights import load_pretrained
-from vheat_mm.models.weights import find_weights
+from vheat_mm.engine import fileio
+from vheat_mm.models.find_weights import find_weights
+from vheat_mm.models.weights import load_pretrained
 from vheat_mm.utils.errors import CheckpointError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -39,15 +39,15 @@ _RUNS_CODE = ('os.system', 'os.exec', 'os.fork', 'os.posix_spawn', 'os.spawn', '
 
 
 class Watch:
-    """Notes what Python's audit events say, while it is on."""
+    """Records suspicious audit events of Python while it is on."""
 
     def __init__(self, allowed: Path) -> None:
         self.allowed = str(allowed)
         self.events: list[str] = []
         self.on = False
-        sys.addaudithook(self._hear)
+        sys.addaudithook(self._record)
 
-    def _hear(self, event: str, arguments: tuple) -> None:
+    def _record(self, event: str, arguments: tuple) -> None:
         if not self.on:
             return
         if event.startswith(_RUNS_CODE):
@@ -57,25 +57,25 @@ class Watch:
             if not Path(where).is_file() and not where.startswith('<frozen'):
                 self.events.append(f'{event} {where}'[:200])
         elif event == 'open' and isinstance(arguments[0], str) and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
-            self._hear_write(arguments[0])
+            self._record_write(arguments[0])
 
-    def _hear_write(self, path: str) -> None:
+    def _record_write(self, path: str) -> None:
         if not path.startswith((self.allowed, '/dev/null', '/proc/self/')):
             self.events.append(f'wrote {path!r}')
 
 
 class Loaders:
-    """All ways in.
+    """All functions that load a checkpoint.
 
     Args:
-        out: Empty folder for what is written; empty again after each file.
+        out: Empty folder for files that are written; emptied after each.
     """
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.model = VHeat(arch=ARCH, img_size=64)
-        self.reached = 0  # calls of PyTorch's loader
-        safe_io.install()
+        self.reached = 0  # calls of torch.load
+        fileio.install()
         load = torch.load
 
         def counted(*arguments: Any, **options: Any) -> Any:
@@ -84,8 +84,8 @@ class Loaders:
 
         torch.load = counted
 
-    def ways(self) -> dict[str, Callable[[str], Any]]:
-        """Every loader by name; each takes a path."""
+    def by_name(self) -> dict[str, Callable[[str], Any]]:
+        """Every loader; each takes a path."""
         return {
             'verify_file': verify_file,
             'read_checkpoint': read_checkpoint,
@@ -103,10 +103,10 @@ class Loaders:
         self.model.init_weights()
 
     def _load_from(self, path: str) -> None:
-        """As MMEngine's runner does in the tools' processes; it looks at the content itself."""
+        """As MMEngine's runner does in the tools' processes."""
         try:
             load_checkpoint(self.model, path, map_location='cpu')
-        except (AttributeError, TypeError) as error:  # MMEngine's, of a dict that holds no weights at all
+        except (AttributeError, TypeError) as error:  # MMEngine raises them for a dict without weights
             raise CheckpointError(f'{path!r}: {type(error).__name__}') from error
 
     def _interpolate(self, path: str, target: str) -> None:
@@ -127,17 +127,17 @@ class Loaders:
 
 
 def check_written(path: Path) -> None:
-    """What the tool wrote is a checkpoint that loads."""
+    """Check that the tool's output can be loaded."""
     find_weights(read_checkpoint(path), str(path))
 
 
-def judge(path: str, error: Exception) -> str | None:
-    """What is wrong with an error, if anything."""
+def find_fault(path: str, error: Exception) -> str | None:
+    """What is wrong with an error, ``None`` if nothing."""
     if not isinstance(error, CheckpointError):
         return f'{type(error).__name__}: {error}'[:300]
     text = str(error)
     if not text.isprintable():
-        return f'steers the terminal: {text!r}'[:300]
+        return f'not printable: {text!r}'[:300]
     if len(text) > 1500 + 2 * len(path):
         return f'{len(text)} characters long: {text[:100]}'
     if "can't allocate" in text or 'MemoryError' in text:
@@ -146,23 +146,23 @@ def judge(path: str, error: Exception) -> str | None:
 
 
 def measure(
-    loaders: Loaders, watch: Watch, path: str, ways: dict[str, Callable[[str], Any]] | None = None
+    loaders: Loaders, watch: Watch, path: str, chosen: dict[str, Callable[[str], Any]] | None = None
 ) -> dict[str, Any]:
     """Give one file to all loaders, or to some."""
     before = _memory('VmRSS')
     with contextlib.suppress(OSError):
-        Path('/proc/self/clear_refs').write_text('5')  # forget the peak
+        Path('/proc/self/clear_refs').write_text('5')  # reset VmHWM, the peak
     started = time.perf_counter()
     outcomes, findings = {}, []
     loaders.reached = 0
     watch.on = True
-    for name, load in (ways or loaders.ways()).items():
+    for name, load in (chosen or loaders.by_name()).items():
         try:
             load(path)
             outcomes[name] = 'loaded'
         except Exception as error:
             outcomes[name] = f'refused: {error}'
-            if (wrong := judge(path, error)) is not None:
+            if (wrong := find_fault(path, error)) is not None:
                 findings.append(f'{name}: {wrong}')
     watch.on = False
     findings += watch.events
@@ -183,26 +183,26 @@ def _memory(entry: str) -> int:
 
 
 def limit_memory(spare: int = 4 << 30) -> None:
-    """Have allocations fail that would take the machine down."""
+    """Make very large allocations fail."""
     limit = _memory('VmSize') + spare
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def main(folder: str) -> None:
-    """Drive the files named on standard input."""
+    """Load the files named on standard input."""
     out = Path(folder, 'out')
     out.mkdir(exist_ok=True)
-    pickle_check.MAX_OPCODES = 100_000  # the same rule in less time
+    pickle_inspector.MAX_OPCODES = 100_000  # to save time
     loaders, watch = Loaders(out), Watch(out)
     warm = Path(folder, 'warm.pth')
     torch.save({'model': loaders.model.state_dict()}, warm)
-    measure(loaders, watch, str(warm))  # what is imported late is imported now
+    measure(loaders, watch, str(warm))  # lazy imports happen here
     limit_memory()
     # ``init_cfg`` runs load_pretrained, which runs find_weights.
-    ways = {name: way for name, way in loaders.ways().items() if name not in ('find_weights', 'load_pretrained')}
+    chosen = {name: load for name, load in loaders.by_name().items() if name not in ('find_weights', 'load_pretrained')}
     for line in sys.stdin:
         faulthandler.dump_traceback_later(SECONDS, exit=True)
-        found = measure(loaders, watch, json.loads(line), ways)
+        found = measure(loaders, watch, json.loads(line), chosen)
         faulthandler.cancel_dump_traceback_later()
         print(json.dumps(found), flush=True)
 

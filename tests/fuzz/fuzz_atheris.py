@@ -2,9 +2,9 @@
 
 python tests/fuzz/fuzz_atheris.py FOLDER [libFuzzer's options, such as -max_total_time=600 -seed=1]
 
-The first byte of an input chooses what the rest is: a file as it is, the pickle of a zip whose checksums are right, the
-pickles of PyTorch's old stream format, or a safetensors file. The corpus in FOLDER starts with whole checkpoints. A
-finding is any error but CheckpointError, code that runs, memory, time, or a file that is written and no checkpoint.
+The first byte of an input chooses what the rest is: a file, the pickle of a zip with correct checksums, the pickles of
+PyTorch's format before 1.6, or a safetensors file. The corpus in FOLDER starts with valid checkpoints. A finding is any
+error but CheckpointError, code that runs, too much memory or time, or an output file that is not a checkpoint.
 """
 
 import sys
@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=['vheat_mm']):
     from fuzz.drive import Loaders, Watch, limit_memory, measure
     from fuzz.hostile_files import records_of, write_zip
 
-    from vheat_mm.checkpoint.io import pickle_inspector as pickle_check
+    from vheat_mm.checkpoint import pickle_inspector
 
 FORMS = ('file', 'zip', 'stream', 'safetensors')
 
@@ -31,11 +31,11 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp())
     (scratch / 'out').mkdir()
-    pickle_check.MAX_OPCODES = 20_000  # the same rule in less time
+    pickle_inspector.MAX_OPCODES = 20_000  # to save time
     loaders, watch = Loaders(scratch / 'out'), Watch(scratch)
     state = {key: value[:1].clone() if value.ndim else value for key, value in loaders.model.state_dict().items()}
     records = records_of({'model': state})
-    for form, content in whole_files(scratch, state, records).items():
+    for form, content in valid_files(scratch, state, records).items():
         (folder / form).write_bytes(bytes([FORMS.index(form)]) + content)
 
     def drive(data: bytes) -> None:
@@ -47,22 +47,22 @@ def main() -> None:
             write_zip(path, records | {'data.pkl': content})
         else:
             path.write_bytes(content)
-        ways = loaders.ways()
-        first = {name: ways.pop(name) for name in ('verify_file', 'read_checkpoint')}
+        others = loaders.by_name()
+        first = {name: others.pop(name) for name in ('verify_file', 'read_checkpoint')}
         found = measure(loaders, watch, str(path), first)
         if found['outcomes']['read_checkpoint'] == 'loaded' or data[0] >= 250:  # the others begin with these two
-            found['findings'] += measure(loaders, watch, str(path), ways)['findings']
+            found['findings'] += measure(loaders, watch, str(path), others)['findings']
         if found['findings'] or found['seconds'] > 20:
             raise RuntimeError(f'{form}: {found["findings"]} after {found["seconds"]:.1f} s')
 
-    for form in FORMS:  # what is imported late is imported now
+    for form in FORMS:  # lazy imports happen here
         drive((folder / form).read_bytes())
     limit_memory()
     atheris.Setup([sys.argv[0], *sys.argv[2:], str(folder)], drive)
     atheris.Fuzz()
 
 
-def whole_files(scratch: Path, state: dict[str, torch.Tensor], records: dict[str, bytes]) -> dict[str, bytes]:
+def valid_files(scratch: Path, state: dict[str, torch.Tensor], records: dict[str, bytes]) -> dict[str, bytes]:
     """One checkpoint in each form."""
     from safetensors.torch import save
 

@@ -1,9 +1,9 @@
-"""Change valid checkpoints by chance and give them to every loader, for a given time.
+"""Mutate valid checkpoints at random and give them to every loader, for a given time.
 
 python tests/fuzz/fuzz_checkpoints.py --minutes 10 --seed 0
 
-Any error but CheckpointError, code that runs, memory that grows, a file half written, a process that ends or hangs is
-a finding: it is printed, and the file that did it is kept in the folder given by --keep.
+Any error but CheckpointError, code that runs, too much memory, a partial output file, and a process that ends or hangs
+are findings: they are printed, and the mutated file is kept in the folder given by --keep.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 
 def work(folder: Path, keep: Path, seed: int, seconds: float) -> None:
-    """In a process of its own: change, drive, report, until the time is up."""
+    """Mutate files, load and report them until the time is over; runs in a process of its own."""
     warnings.simplefilter('ignore')
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import torch
@@ -42,7 +42,7 @@ def work(folder: Path, keep: Path, seed: int, seconds: float) -> None:
         assert not measure(loaders, watch, str(path))['findings']
     fragments = [fragment for fragment in FRAGMENTS.values() if len(fragment) < 5000]
     limit_memory()
-    ends, every = time.monotonic() + seconds, loaders.ways()
+    ends, every = time.monotonic() + seconds, loaders.by_name()
     number = 0
     while time.monotonic() < ends:
         number += 1
@@ -51,24 +51,24 @@ def work(folder: Path, keep: Path, seed: int, seconds: float) -> None:
         path = folder / f'input{suffix}'
         path.write_bytes(content)
         (folder / 'current').write_text(f'{number} {path.name}')
-        # All ways begin by reading: what cannot be read need not go down each of them every time.
+        # All loaders read the file first: one that cannot be read is given to the others only sometimes.
         first = dict(list(every.items())[:3])
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         found = measure(loaders, watch, str(path), every if rng.random() < 0.02 else first)
         if found['outcomes']['read_checkpoint'] == 'loaded':
             found = measure(loaders, watch, str(path), every)
         faulthandler.cancel_dump_traceback_later()
-        words = {way: outcome.split(':')[0] for way, outcome in found['outcomes'].items()}
+        words = {name: outcome.split(':')[0] for name, outcome in found['outcomes'].items()}
         if found['findings']:
             _keep(path, keep, f'{seed}-{number}')
         print(json.dumps(dict(number=number, words=words, findings=found['findings'])), flush=True)
 
 
 def main() -> int:
-    """Start workers, one after the other where one ends too soon, and count."""
+    """Run a worker, restart it if it ends too early, and count."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--minutes', type=float, default=10, help='how long')
-    parser.add_argument('--seed', type=int, default=0, help='chooses the changes; the same seed, the same files')
+    parser.add_argument('--seed', type=int, default=0, help='of the mutations; the same seed gives the same files')
     parser.add_argument('--keep', type=Path, default=Path('fuzz_findings'), help='folder for files that are findings')
     parser.add_argument('--worker', type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -103,7 +103,7 @@ def _follow(folder: Path, seed: int, seconds: float, counts: Counter[str], keep:
                 continue
             found = json.loads(line)
             counts['files'] += 1
-            counts.update(f'{way} {word}' for way, word in found['words'].items())
+            counts.update(f'{name} {word}' for name, word in found['words'].items())
             for finding in found['findings']:
                 counts['findings'] += 1
                 print(f'FINDING {seed}-{found["number"]}: {finding}', flush=True)

@@ -1,4 +1,4 @@
-"""Checkpoints from strangers, made by code: what each holds, and whether it must be refused or is harmless."""
+"""Hostile and harmless checkpoint files, written by code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def records_of(state: object) -> dict[str, bytes]:
 
 
 def write_zip(path: Path, records: dict[str, bytes], deflate: bool = False, folder: str = 'archive/') -> None:
-    """A zip file of these records, with right checksums."""
+    """A zip file of these records, with correct checksums."""
     kind = zipfile.ZIP_DEFLATED if deflate else zipfile.ZIP_STORED
     with warnings.catch_warnings(), zipfile.ZipFile(path, 'w', kind) as archive:
         warnings.simplefilter('ignore')  # of names given twice
@@ -38,7 +38,7 @@ def write_zip(path: Path, records: dict[str, bytes], deflate: bool = False, fold
 
 
 def with_fragment(state: State, fragment: bytes, **more: bytes) -> dict[str, bytes]:
-    """A whole checkpoint with one value more, given as opcodes."""
+    """A valid checkpoint with one more value, given as opcodes."""
     records = records_of({'model': state})
     records['data.pkl'] = records['data.pkl'][:-1] + text('extra') + fragment + b's' + STOP
     return records | {f'data/{key}': content for key, content in more.items()}
@@ -80,7 +80,7 @@ SAVED: dict[str, Callable[[State], object]] = {
     'not a dict': lambda state: list(state.values()),
 }
 
-# What is harmless must load: read_checkpoint takes it, whatever becomes of it as a model's weights.
+# read_checkpoint must load these, whether or not they are a model's weights.
 HARMLESS: dict[str, Callable[[State], object]] = {
     'plain': lambda state: state,
     'one number for all': lambda state: {key: torch.zeros(1).expand(value.shape) for key, value in state.items()},
@@ -215,8 +215,8 @@ def _plain_pickle(path: Path, state: State) -> None:
 
 
 def _stream_storage(raw: bytes) -> bytes:
-    """The first storage says that it is as long as the disk."""
-    at = raw.find(b'cpu', raw.find(b'storage')) + 5  # after the text and where it was noted: the count
+    """The first storage claims gigabytes."""
+    at = raw.find(b'cpu', raw.find(b'storage')) + 5  # after the string and its memo opcode: the count
     return raw[:at] + number(0x7FFFFFFF) + raw[at + {b'K': 2, b'M': 3, b'J': 5}[raw[at : at + 1]] :]
 
 
@@ -300,7 +300,7 @@ def write_corpus(folder: Path, state: State) -> tuple[list[str], list[str]]:
     """Write all files.
 
     Returns:
-        Names of those to be refused, and of those to be read.
+        Names of those that must be refused, and of those that must load.
     """
     refused, harmless = [], []
     for index, (title, fragment) in enumerate(FRAGMENTS.items()):

@@ -1,4 +1,4 @@
-"""Opcodes of hostile pickles: each makes one value, which stands beside a whole model."""
+"""Opcodes of hostile pickles; each creates one value, which is added to a valid checkpoint."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def call(function: bytes, *arguments: bytes) -> bytes:
 
 
 def keep(index: int) -> bytes:
-    """Note the top of the stack."""
+    """Memoize the top of the stack."""
     return b'r' + struct.pack('<I', 1000 + index)
 
 
 def again(index: int) -> bytes:
-    """What was noted."""
+    """Push a memoized value."""
     return b'j' + struct.pack('<I', 1000 + index)
 
 
 BOMB = (
     EMPTY + b''.join(keep(i) + again(i) + b'\x86' for i in range(60)) + keep(99)
-)  # 2^60 numbers, for whoever walks through it
+)  # 2^60 items for code that visits them all
 FALSE, NONE = b'\x89', b'N'
 REBUILD = name('torch._utils', '_rebuild_tensor')
 CONJUGATED = DICT + text('conj') + b'\x88s'
@@ -70,7 +70,7 @@ def storage(kind: str, key: str, count: int) -> bytes:
 def tensor(
     source: bytes, offset: int, sizes: tuple, strides: tuple, hooks: bytes = ORDERED, last: bytes = b''
 ) -> bytes:
-    """A tensor, whatever the numbers."""
+    """A tensor, with any numbers."""
     shape, steps = (group(*map(number, values)) for values in (sizes, strides))
     return call(name('torch._utils', '_rebuild_tensor_v2'), source, number(offset), shape, steps, FALSE, hooks, last)
 
@@ -93,7 +93,7 @@ def numpy_array(dtype: bytes, shape: int, content: bytes) -> bytes:
 
 
 def encoded(content: str, encoding: str = 'latin1') -> bytes:
-    """Bytes, as protocol 2 spells them."""
+    """Bytes, as in protocol 2."""
     return call(name('_codecs', 'encode'), text(content), text(encoding))
 
 

@@ -1,4 +1,4 @@
-"""Valid checkpoints of every format, and ways to change them by chance: bytes, records, opcodes, headers."""
+"""Valid checkpoints of every format, and random mutations of their bytes, records, opcodes and headers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Mutation = Callable[[random.Random, bytes], bytes]
 
 
 def write_seeds(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
-    """The formats' names, each with a valid file."""
+    """A valid file of each format."""
     from safetensors.torch import save
 
     full = {
@@ -63,7 +63,7 @@ def _saved(content: object, **options: bool) -> bytes:
 
 
 def change_bytes(rng: random.Random, raw: bytes) -> bytes:
-    """Flip, overwrite, insert, remove, repeat or cut; most often near the ends, where the structures are."""
+    """Flip, overwrite, insert, remove, repeat or truncate; most often near the ends, where the structures are."""
     changed = bytearray(raw)
     for _ in range(rng.choice((1, 1, 1, 2, 4, 8))):
         length = max(len(changed), 1)
@@ -91,7 +91,7 @@ def change_bytes(rng: random.Random, raw: bytes) -> bytes:
 
 
 def change_opcodes(rng: random.Random, pickled: bytes, fragments: list[bytes] = []) -> bytes:  # noqa: B006
-    """Replace, repeat, remove, swap opcodes or their arguments, or put a hostile fragment between them."""
+    """Replace, repeat, remove or swap opcodes or their arguments, or insert a hostile fragment."""
     try:
         starts = [position for _, _, position in pickletools.genops(pickled)]
     except Exception:
@@ -122,7 +122,7 @@ def change_opcodes(rng: random.Random, pickled: bytes, fragments: list[bytes] = 
 
 
 def change_records(rng: random.Random, raw: bytes, fragments: list[bytes]) -> bytes:
-    """Change the pickle or the records inside a zip file, and write it anew with right checksums."""
+    """Change the pickle or the records of a zip file, and write it again with correct checksums."""
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
         records = [[name, archive.read(name)] for name in archive.namelist()]
     pickle = next(record for record in records if record[0].endswith('/data.pkl'))
@@ -145,7 +145,7 @@ def change_records(rng: random.Random, raw: bytes, fragments: list[bytes]) -> by
 
 
 def change_stream(rng: random.Random, raw: bytes, fragments: list[bytes]) -> bytes:
-    """Change the fourth pickle of the old format, which is the content."""
+    """Change the fourth pickle of the format before 1.6, which is the content."""
     stream = io.BytesIO(raw)
     for _ in range(3):
         for _ in pickletools.genops(stream):
@@ -187,7 +187,7 @@ def change_header(rng: random.Random, raw: bytes) -> bytes:
 
 
 def mutate(rng: random.Random, seeds: dict[str, bytes], fragments: list[bytes]) -> tuple[str, bytes]:
-    """A changed file, and the suffix of its name."""
+    """A suffix, and a mutated file of that format."""
     kind = rng.choice(('zip bytes', 'zip records', 'zip records', 'stream bytes', 'stream', 'st bytes', 'st'))
     if kind == 'zip bytes':
         return '.pth', change_bytes(rng, seeds['zip'])

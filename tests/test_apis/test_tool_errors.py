@@ -97,8 +97,8 @@ def test_bad_checkpoint(detector, segmentor, monkeypatch, capfd):
     assert 'training state' in in_process(capfd, run_training, 'detection.py', '--resume', 'weights.pth')
     wider = ['--cfg-options', 'model.backbone.arch.embed_dims=16', 'model.neck.in_channels=[16,32,64,128]']
     message = in_process(capfd, run_testing, 'detection.py', 'run/epoch_2.pth', *wider)
-    assert 'width 8' in message
-    assert 'width 16' in message
+    assert 'embed_dims=8' in message
+    assert 'embed_dims=16' in message
     other_task = segmentor / 'run' / 'iter_4.pth'
     assert 'decode_head' in in_process(capfd, run_testing, 'detection.py', other_task)
 

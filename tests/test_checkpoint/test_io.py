@@ -1,4 +1,4 @@
-"""Finding weights under any wrapping, damaged content, downloads, and files that must not be replaced."""
+"""Keys with any prefix, corrupt content, downloads, and targets that must not be replaced."""
 
 import functools
 import http.server
@@ -14,8 +14,8 @@ from mmengine.runner import load_checkpoint
 from torch import nn
 
 from vheat_mm.checkpoint.io import read_checkpoint, save_atomically
-from vheat_mm.models.load_weights import load_pretrained
-from vheat_mm.models.weights import find_weights
+from vheat_mm.models.find_weights import find_weights
+from vheat_mm.models.weights import load_pretrained
 from vheat_mm.ops.freq_embed import resize_freq_embed
 from vheat_mm.utils.errors import CheckpointError
 
@@ -36,7 +36,7 @@ def backbone(make_vheat) -> dict[str, torch.Tensor]:
         ('student.', 'backbone.'),
     ],
 )
-def test_wrappers_come_off_backbone_and_head_alike(backbone, wrapper, inner):
+def test_prefixes_are_removed_from_backbone_and_head(backbone, wrapper, inner):
     head = {'head.fc.weight': torch.ones(5, 32), 'head.fc.bias': torch.ones(5)}
     state = {f'{wrapper}{inner}{key}': value for key, value in backbone.items()}
     state |= {f'{wrapper}{key}': value for key, value in head.items()}
@@ -46,18 +46,18 @@ def test_wrappers_come_off_backbone_and_head_alike(backbone, wrapper, inner):
     assert found.to_mmengine().keys() == {f'backbone.{key}' for key in backbone} | head.keys()
 
 
-def test_a_prefix_is_no_part_of_a_name(backbone):
+def test_prefix_ends_at_a_dot(backbone):
     state = {f'mybackbone.{key}': value for key, value in backbone.items()} | {'myhead.weight': torch.ones(2)}
     assert list(find_weights(state).head) == ['myhead.weight']
 
 
-def test_average_without_weights_beside_it(backbone):
+def test_average_without_weights(backbone):
     with pytest.raises(CheckpointError, match=r'no moving average.*ema_state_dict'):
         find_weights(dict(ema_state_dict=backbone), ema=True)
 
 
 @pytest.mark.parametrize('shape', [(), (256,), (16, 16), (1, 16, 16, 4)])
-def test_embeddings_that_are_no_grid(make_vheat, backbone, tmp_path, shape):
+def test_embeddings_of_wrong_shape(make_vheat, backbone, tmp_path, shape):
     torch.save(backbone | {'freq_embed.0': torch.zeros(shape)}, tmp_path / 'x.pth')
     with pytest.raises(CheckpointError, match=r'freq_embed.0 has shape \(.*\) instead of \(H, W, C\)'):
         load_pretrained(make_vheat(), tmp_path / 'x.pth')
@@ -72,7 +72,7 @@ def test_missing_stem_is_named(make_vheat, backbone, tmp_path):
 
 @pytest.mark.parametrize('size', [32, 128])
 def test_mmengine_loads_other_grids(make_vheat, backbone, tmp_path, size):
-    """``load_from`` and ``init_detector`` go through MMEngine's own loader, which grows and crops the grid too."""
+    """``load_from`` and ``init_detector`` use MMEngine's own loader; the grid is padded and cropped there too."""
     torch.save(dict(state_dict={f'backbone.{key}': value for key, value in backbone.items()}), tmp_path / 'x.pth')
     detector = nn.ModuleDict({'backbone': make_vheat(img_size=size)})
     load_checkpoint(detector, str(tmp_path / 'x.pth'), strict=True)
@@ -109,19 +109,19 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """A web server of this machine: its folder, its address, and an empty hub cache."""
+    """A local web server: its folder and its URL; and an empty hub cache."""
     (tmp_path / 'site').mkdir()
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
     server = http.server.ThreadingHTTPServer(
         ('127.0.0.1', 0), functools.partial(Quiet, directory=str(tmp_path / 'site'))
     )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     yield tmp_path / 'site', f'http://127.0.0.1:{server.server_port}'
     server.shutdown()
     server.server_close()
 
 
-def test_address(site, make_vheat, backbone):
+def test_url(site, make_vheat, backbone):
     folder, address = site
     torch.save(dict(model=backbone), folder / 'x.pth')
     model = make_vheat(init_cfg=dict(type='Pretrained', checkpoint=f'{address}/x.pth?download=1'))

@@ -1,4 +1,4 @@
-"""A checkpoint from a stranger runs nothing, takes no more memory than its size warrants, and is refused in a line."""
+"""Untrusted checkpoints run no code, take memory in proportion to their size, and are refused with one message."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -22,12 +23,11 @@ from fuzz.hostile_pickles import FRAGMENTS
 
 import interpolate4downstream
 from vheat_mm import VHeat
-from vheat_mm.checkpoint import io as checkpoint_module
-from vheat_mm.checkpoint.io import download, read_checkpoint
-from vheat_mm.checkpoint.io import safe_globals as compat
-from vheat_mm.checkpoint.io import zip_layout as archive
+from vheat_mm.checkpoint import download, zip_layout
+from vheat_mm.checkpoint.io import read_checkpoint
+from vheat_mm.checkpoint.safe_globals import register_safe_globals
 from vheat_mm.checkpoint.verify import verify_file
-from vheat_mm.models.weights import find_weights
+from vheat_mm.models.find_weights import find_weights
 from vheat_mm.utils.errors import CheckpointError
 
 FUZZ = Path(__file__).parents[1] / 'fuzz'
@@ -35,7 +35,7 @@ FUZZ = Path(__file__).parents[1] / 'fuzz'
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory) -> tuple[Path, list[str], list[str], dict[str, dict]]:
-    """All files, and what became of each in a process of its own."""
+    """All files, and the outcome of loading each in another process."""
     folder = tmp_path_factory.mktemp('corpus')
     (folder / 'files').mkdir()
     arch = dict(embed_dims=4, depths=(1, 1, 2, 1), post_norm=False, layer_scale=None)
@@ -45,7 +45,7 @@ def corpus(tmp_path_factory) -> tuple[Path, list[str], list[str], dict[str, dict
 
 
 def drive(folder: Path, names: list[str]) -> dict[str, dict]:
-    """What became of each file; a file that ends the process is told by that, and the others go on."""
+    """The outcome for each file; a file that ends the process is reported, and a new process takes the others."""
     results: dict[str, dict] = {}
     while len(results) < len(names):
         left = names[len(results) :]
@@ -63,13 +63,13 @@ def drive(folder: Path, names: list[str]) -> dict[str, dict]:
     return results
 
 
-def test_the_corpus_is_as_large_as_it_says(corpus):
+def test_corpus_is_complete(corpus):
     _, refused, harmless, _ = corpus
     assert len(refused) == len(FRAGMENTS) + len(SAVED) + len(FILES)
     assert len(harmless) == len(HARMLESS) + 1
 
 
-def test_nothing_runs_and_nothing_grows(corpus):
+def test_no_code_runs_and_memory_is_bounded(corpus):
     folder, _, _, results = corpus
     assert {name: found['findings'] for name, found in results.items() if found['findings']} == {}
     assert not list(folder.rglob('ran'))
@@ -83,7 +83,7 @@ def test_hostile_files_are_refused(corpus):
         for way in ('init_cfg', 'interpolate to torch', 'interpolate to safetensors'):
             assert outcomes[way].startswith('refused: '), (name, way)
             assert repr(name)[1:-1] in outcomes[way], (name, way)
-        if not name.startswith('saved '):  # those are harmless until they are taken for weights
+        if not name.startswith('saved '):  # these are valid files, but not valid weights
             assert outcomes['read_checkpoint'].startswith('refused: '), name
             assert outcomes['load_from'].startswith('refused: '), name
             assert results[name]['reached'] == 0, name  # PyTorch's reader never saw it
@@ -95,7 +95,7 @@ def test_harmless_files_load(corpus):
         assert results[name]['outcomes']['read_checkpoint'] == 'loaded', name
 
 
-# --- damage
+# --- corrupt files
 
 
 def small() -> dict:
@@ -110,7 +110,7 @@ def same(one: dict, other: dict) -> bool:
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
-def test_each_flipped_bit_is_found_or_changes_nothing(tmp_path):
+def test_each_flipped_bit_is_found_or_has_no_effect(tmp_path):
     path = tmp_path / 'x.pth'
     torch.save(small(), path)
     raw = path.read_bytes()
@@ -127,7 +127,7 @@ def test_each_flipped_bit_is_found_or_changes_nothing(tmp_path):
 
 
 def test_a_record_marked_as_folder_is_refused(tmp_path):
-    """PyTorch's reader returns memory that it never wrote to for it."""
+    """PyTorch's reader returns uninitialised memory for it."""
     path = tmp_path / 'x.pth'
     torch.save(small(), path)
     raw = path.read_bytes()
@@ -138,7 +138,7 @@ def test_a_record_marked_as_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize('legacy', [False, True])
-def test_each_length_but_the_whole_is_refused(tmp_path, legacy):
+def test_truncated_at_any_length_is_refused(tmp_path, legacy):
     path = tmp_path / 'x.pth'
     torch.save(small(), path, _use_new_zipfile_serialization=not legacy)
     raw = path.read_bytes()
@@ -146,20 +146,20 @@ def test_each_length_but_the_whole_is_refused(tmp_path, legacy):
     for length in range(len(raw)):
         path.write_bytes(raw[:length])
         for read in (verify_file, read_checkpoint):
-            with pytest.raises(CheckpointError, match=r'truncated|damaged|empty'):
+            with pytest.raises(CheckpointError, match=r'truncated|corrupt|empty'):
                 read(path)
 
 
-def test_the_damaged_record_is_named_and_memory_stays_flat(tmp_path, monkeypatch):
+def test_corrupt_record_is_named_and_read_in_blocks(tmp_path, monkeypatch):
     path = tmp_path / 'x.pth'
     torch.save({'a': torch.zeros(100_000), 'b': torch.ones(100_000)}, path)
     raw = bytearray(path.read_bytes())
     at = raw.find(torch.ones(2).numpy().tobytes()) + 300_000
     raw[at] ^= 4
     path.write_bytes(raw)
-    assert torch.load(path, weights_only=True)['b'].unique().numel() == 2  # PyTorch takes it
-    monkeypatch.setattr(archive, '_CHUNK', 1 << 12)
-    with pytest.raises(CheckpointError, match=r"x.pth' is truncated or damaged: the checksum of record 'x/data/1'"):
+    assert torch.load(path, weights_only=True)['b'].unique().numel() == 2  # PyTorch loads it
+    monkeypatch.setattr(zip_layout, '_CHUNK', 1 << 12)
+    with pytest.raises(CheckpointError, match=r"x.pth' is truncated or corrupt: the checksum of record 'x/data/1'"):
         verify_file(path)
 
 
@@ -175,8 +175,8 @@ def test_files_without_checksums_are_read(tmp_path):
     assert same(read_checkpoint(tmp_path / 'x.pth'), small())
 
 
-def test_changes_by_chance(tmp_path, make_vheat):
-    """The fuzzer's own changes, the same each time; hours of them are run by tests/fuzz/fuzz_checkpoints.py."""
+def test_random_mutations(tmp_path, make_vheat):
+    """The first mutations of tests/fuzz/fuzz_checkpoints.py, which runs for any time."""
     seeds = mutations.write_seeds(make_vheat().state_dict())
     fragments = [fragment for fragment in FRAGMENTS.values() if len(fragment) < 5000]
     rng = random.Random(0)
@@ -194,17 +194,17 @@ def test_changes_by_chance(tmp_path, make_vheat):
     assert not (tmp_path / 'ran').exists()
 
 
-# --- what is not a file
+# --- names and URLs
 
 
 @pytest.mark.parametrize('name', ['~nobody-of-this-name/x.pth', 'x' * 5000 + '.pth', 'a\0b.pth', ''])
-def test_names_of_nothing(name, monkeypatch, tmp_path):
+def test_invalid_names(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError):
         read_checkpoint(name)
 
 
-class Stranger(http.server.BaseHTTPRequestHandler):
+class HostileServer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(302 if 'leads' in self.path else 200)
         if 'leads' in self.path:
@@ -214,6 +214,9 @@ class Stranger(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         block = bytes(1000)
         try:
+            while 'slow' in self.path:
+                self.wfile.write(block)
+                time.sleep(0.005)
             while 'endless' in self.path:
                 self.wfile.write(block)
             self.wfile.write(block)
@@ -225,46 +228,46 @@ class Stranger(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def stranger(tmp_path, monkeypatch):
+def server(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
     monkeypatch.setattr(download, 'MAX_BYTES', 1 << 20)
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Stranger)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{server.server_port}'
-    server.shutdown()
-    server.server_close()
+    web = http.server.ThreadingHTTPServer(('127.0.0.1', 0), HostileServer)
+    threading.Thread(target=web.serve_forever, args=[0.02], daemon=True).start()
+    yield f'http://127.0.0.1:{web.server_port}'
+    web.shutdown()
+    web.server_close()
 
 
 @pytest.mark.parametrize(
     ('path', 'words'),
     [
-        ('leads.pth?file:///etc/passwd', r'(leads to|Redirection to url).*file:///etc/passwd'),
-        ('leads.pth?ftp://127.0.0.1/x', 'not on the web'),
+        ('leads.pth?file:///etc/passwd', r'(redirects to|Redirection to url).*file:///etc/passwd'),
+        ('leads.pth?ftp://127.0.0.1/x', 'is not http'),
         ('endless.pth', 'sends more than 1048576 bytes'),
         ('lies.pth', 'sends more than 1048576 bytes'),
         ('cut.pth', 'sent 1000 of 5000 bytes|IncompleteRead'),
     ],
 )
-def test_addresses_of_strangers(stranger, tmp_path, path, words):
+def test_hostile_servers(server, tmp_path, path, words):
     with pytest.raises(CheckpointError, match=words) as error:
-        read_checkpoint(f'{stranger}/{path}')
+        read_checkpoint(f'{server}/{path}')
     assert str(error.value).isprintable()
-    assert not list((tmp_path / 'hub' / 'checkpoints').iterdir())  # neither whole nor in part
+    assert not list((tmp_path / 'hub' / 'checkpoints').iterdir())  # no file, complete or partial
 
 
-def test_addresses_that_trickle(stranger, monkeypatch):
-    monkeypatch.setattr(download, '_TIMEOUT', 0.001)
-    monkeypatch.setattr(download, '_SLOWEST', 1 << 50)
+def test_slow_servers(server, monkeypatch):
+    monkeypatch.setattr(download, '_TIMEOUT', 0.05)
+    monkeypatch.setattr(download, '_MIN_SPEED', 1 << 50)
     with pytest.raises(CheckpointError, match=r'sent \d+ bytes in|could not download'):
-        read_checkpoint(f'{stranger}/endless.pth')
+        read_checkpoint(f'{server}/slow.pth')
 
 
 # --- loading without read_checkpoint, as MMEngine's own scripts do
 
 
 def test_allowed_numpy_types_cannot_be_changed(tmp_path):
-    """The allow-list reaches every torch.load of the process: flags of a type would have numpy follow numbers."""
-    compat.register_safe_globals()
+    """They are allowed for every torch.load of the process, and flags of a dtype could turn numbers into pointers."""
+    register_safe_globals()
     fragment = FRAGMENTS['numpy type with flags']
     hostile_files.write_zip(tmp_path / 'x.pth', hostile_files.with_fragment({}, fragment))
     array = torch.load(tmp_path / 'x.pth', weights_only=True)['extra']
@@ -274,13 +277,13 @@ def test_allowed_numpy_types_cannot_be_changed(tmp_path):
         buffer = io.BytesIO()
         torch.save({'x': np.zeros(2, dtype=kind)}, buffer)
         buffer.seek(0)
-        with pytest.raises(Exception, match=r'no plain numbers|Unsupported'):
+        with pytest.raises(Exception, match=r'not plain numbers|Unsupported'):
             torch.load(buffer, weights_only=True)
 
 
-def test_not_a_number_is_reported(make_vheat, monkeypatch):
+def test_nan_and_infinity_are_reported(make_vheat, monkeypatch):
     lines = []
-    monkeypatch.setattr(checkpoint_module, 'print_log', lambda text, **_: lines.append(text))
+    monkeypatch.setattr('vheat_mm.models.find_weights.print_log', lambda text, **_: lines.append(text))
     state = make_vheat().state_dict()
     find_weights(state, 'x.pth')
     assert lines == []
@@ -290,7 +293,7 @@ def test_not_a_number_is_reported(make_vheat, monkeypatch):
     assert lines == ["'x.pth' holds NaN or infinity in patch_embed.conv1.bias, outnorm0.bias"]
 
 
-def test_names_in_messages_are_harmless(tmp_path):
+def test_messages_are_printable(tmp_path):
     torch.save({'model': {'\x1b]0;owned\x07' + 'x' * 10_000: torch.ones(1)}}, tmp_path / 'x.pth')
     with pytest.raises(CheckpointError) as error:
         find_weights(read_checkpoint(tmp_path / 'x.pth'), 'x.pth')
@@ -298,23 +301,23 @@ def test_names_in_messages_are_harmless(tmp_path):
     assert len(str(error.value)) < 1000
 
 
-# --- what must go on working
+# --- what must load
 
 
 class Note:
     """Something that a user keeps in a checkpoint."""
 
 
-def test_classes_that_the_user_allowed_are_read(tmp_path):
+def test_classes_that_the_user_allows_are_read(tmp_path):
     torch.save({'model': {}, 'note': Note()}, tmp_path / 'x.pth')
-    with pytest.raises(CheckpointError, match=r'Note.*list of harmless'):
+    with pytest.raises(CheckpointError, match=r'Note.*list of allowed'):
         read_checkpoint(tmp_path / 'x.pth')
     with torch.serialization.safe_globals([Note]):
         assert isinstance(read_checkpoint(tmp_path / 'x.pth')['note'], Note)
 
 
 @pytest.mark.parametrize('legacy', [False, True])
-def test_all_that_trainings_keep_is_read(tmp_path, legacy):
+def test_training_states_are_read(tmp_path, legacy):
     weight = torch.randn(4, 5)
     marked = torch.nn.Parameter(weight)
     marked.no_weight_decay = True
@@ -340,7 +343,7 @@ def test_all_that_trainings_keep_is_read(tmp_path, legacy):
     assert found['others'] == content['others']
 
 
-def test_a_safetensors_file_is_whole_or_refused(tmp_path):
+def test_truncated_safetensors_is_refused(tmp_path):
     path = tmp_path / 'x.safetensors'
     path.write_bytes(mutations.write_seeds({'a': torch.ones(3)})['safetensors'])
     verify_file(path)
@@ -349,7 +352,7 @@ def test_a_safetensors_file_is_whole_or_refused(tmp_path):
         verify_file(path)
 
 
-def test_sizes_that_no_machine_holds(tmp_path, make_vheat, capsys):
+def test_target_too_large_for_memory(tmp_path, make_vheat, capsys):
     torch.save(make_vheat().state_dict(), tmp_path / 'x.pth')
     arguments = ['--pt_pth', str(tmp_path / 'x.pth'), '--pt_size', '64', '--tg_pth', str(tmp_path / 'y.pth')]
     assert interpolate4downstream.main([*arguments, '--tg_size', '1000000']) == 2

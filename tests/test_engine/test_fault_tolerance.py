@@ -289,7 +289,7 @@ def test_all_damaged_is_no_new_start(run):
     for named in (last, os.path.relpath(last)):  # the folder's files are the same ones, however they are spelt
         (run / 'last_checkpoint').write_text(named)
         for folder in (run, os.path.relpath(run)):
-            with pytest.raises(CheckpointError, match=r'(?s)nothing whole.*epoch_1.pth.*start anew'):
+            with pytest.raises(CheckpointError, match=r'(?s)no intact checkpoint.*epoch_1.pth.*start anew'):
                 find_newest(folder)
 
 

@@ -13,75 +13,13 @@ from torch import nn
 
 from vheat_mm import VHeat
 from vheat_mm.engine.hooks.annotation_check_hook import check_batch, check_classes, class_heads
-from vheat_mm.engine.hooks.checkpoint_check_hook import check_fit
-from vheat_mm.utils.errors import AnnotationError, CheckpointError
+from vheat_mm.utils.errors import AnnotationError
 from vheat_mm.utils.torchvision import ensure_torchvision
 
 ensure_torchvision()  # MMEngine's runner imports it to report its version
 
 
 # --- checkpoints
-
-
-def backbone_state(**kwargs) -> dict[str, torch.Tensor]:
-    arch = dict(embed_dims=8, depths=(1, 1, 1, 1)) | kwargs.pop('arch', {})
-    model = VHeat(arch=arch, **dict(img_size=32) | kwargs)
-    return {f'backbone.{key}': value for key, value in model.state_dict().items()}
-
-
-HEAD = {'head.fc.weight': torch.zeros(2, 64), 'head.fc.bias': torch.zeros(2)}
-
-
-def test_complete_checkpoint_fits():
-    own = backbone_state() | HEAD
-    report = check_fit(dict(own), own, 'x.pth', finetune=False)
-    assert report == f'Weights from x.pth: {len(own)} of {len(own)} tensors'
-    other_grid = backbone_state(img_size=64) | HEAD
-    assert 'resized: backbone.freq_embed.0 16x16x8 instead of 8x8x8' in check_fit(other_grid, own, 'x.pth', False)
-
-
-@pytest.mark.parametrize(
-    ('change', 'word'),
-    [
-        (lambda s: s.pop('head.fc.bias'), 'Missing: head.fc.bias'),
-        (lambda s: s.pop('backbone.outnorm0.bias'), 'Missing: backbone.outnorm0.bias'),
-        (lambda s: s.update(extra=torch.zeros(1)), 'Left over: extra'),
-        (lambda s: s.update({'head.fc.bias': torch.zeros(5)}), 'head.fc.bias 5 instead of 2'),
-        (lambda s: s.update({'backbone.freq_embed.0': torch.zeros(8, 8, 9)}), '8x8x9 instead of 8x8x8'),
-    ],
-)
-def test_testing_takes_complete_checkpoints_only(change, word):
-    own = backbone_state() | HEAD
-    state = dict(own)
-    change(state)
-    with pytest.raises(CheckpointError, match=word):
-        check_fit(state, own, 'x.pth', finetune=False)
-
-
-def test_fine_tuning_takes_other_heads_but_a_complete_backbone():
-    own = backbone_state() | HEAD
-    state = {k: v for k, v in own.items() if 'outnorm' not in k and k != 'head.fc.weight'}
-    state |= {'head.fc.bias': torch.zeros(9), 'decode_head.w': torch.zeros(1)}
-    report = check_fit(state, own, 'x.pth', finetune=True)
-    assert 'not loaded: head.fc.bias 9 instead of 2' in report
-    assert 'left as initialised: ' in report
-    assert 'dropped: decode_head.w' in report
-    for key in ('backbone.freq_embed.0', 'backbone.layers.0.0.mlp.fc1.bias'):
-        with pytest.raises(CheckpointError, match=f'Missing: {key}'):
-            check_fit({k: v for k, v in state.items() if k != key}, own, 'x.pth', finetune=True)
-    with pytest.raises(CheckpointError, match='does not fit'):  # a model without backbone, and nothing in common
-        check_fit({'a': torch.zeros(1)}, {'b': torch.zeros(1)}, 'x.pth', finetune=True)
-
-
-def test_other_variant_is_named():
-    deeper = backbone_state(arch=dict(depths=(1, 1, 2, 1)))
-    with pytest.raises(CheckpointError, match=r'depths \(1, 1, 2, 1\), the model has .* depths \(1, 1, 1, 1\)'):
-        check_fit(deeper, backbone_state(), 'x.pth', finetune=True)
-
-
-def test_stages_that_are_not_built_may_be_left_over():
-    report = check_fit(backbone_state(), backbone_state(out_indices=(0, 1)), 'x.pth', finetune=True)
-    assert 'dropped: backbone.outnorm2.weight' in report
 
 
 class Classifier(BaseModel):

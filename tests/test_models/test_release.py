@@ -1,4 +1,4 @@
-"""What must work around the package: absent libraries, and configs written for the reference release."""
+"""Imports without optional libraries, and configs written for the reference release."""
 
 import subprocess
 import sys
@@ -14,11 +14,16 @@ import vheat_mm
 LIBRARIES = ['mmcv', 'mmdet', 'mmseg', 'mmpretrain']
 
 
-@pytest.mark.parametrize('absent', [LIBRARIES, ['mmdet'], ['mmseg'], ['mmpretrain']], ids='-'.join)
-def test_import_without(absent):
+OPTIONAL = ['huggingface_hub', 'safetensors']
+
+
+@pytest.mark.parametrize(
+    'absent', [[*LIBRARIES, *OPTIONAL, 'torchvision', 'scipy'], []], ids=['absent', 'not imported']
+)
+def test_import_needs_torch_and_mmengine_only(absent):
     code = f"""
         import sys
-        for name in {[*absent, 'torchvision', 'safetensors', 'scipy']}:
+        for name in {absent}:
             sys.modules[name] = None
         import torch
         from mmengine.config import Config
@@ -27,7 +32,7 @@ def test_import_without(absent):
         import vheat_mm
         model = MODELS.build(dict(type='VHeat', arch=dict(embed_dims=4, depths=(1, 1, 1, 1)), img_size=32))
         assert len(model(torch.zeros(1, 3, 32, 32))) == 4
-        loaded = [name for name in sys.modules if name.split('.')[0] in {LIBRARIES} and sys.modules[name]]
+        loaded = [name for name in sys.modules if name.split('.')[0] in {LIBRARIES + OPTIONAL} and sys.modules[name]]
         assert not loaded, loaded
     """
     subprocess.run(
@@ -44,7 +49,7 @@ RELEASED = {
 
 
 def released_config(base: str, tmp_path: Path, **backbone: object) -> Config:
-    """A config as the release writes them: merged into the Swin base's backbone, without ``_delete_``."""
+    """A config like the release's: merged into the Swin base's backbone, without ``_delete_``."""
     pytest.importorskip(base.split('::')[0])
     path = tmp_path / 'released.py'
     path.write_text(
@@ -65,7 +70,7 @@ def test_released_config_builds(base, tmp_path):
     assert model.init_cfg == dict(type='Pretrained', checkpoint='weights.pth')
     assert not model.layers[0][0].post_norm
     assert model.freq_embed[0].shape == (16, 16, 8)
-    # Swin's rate arrives through the base and counts, as in the release, whose ``drop_path`` does not
+    # the base config's drop_path_rate is used and ``drop_path`` is not, as in the release
     assert model.layers[3][0].drop_path.drop_prob == pytest.approx(cfg.model.backbone.drop_path_rate)
 
     large = dict(post_norm=True, layer_scale=1e-5, drop_path_rate=0.5, depths=(1, 1, 2, 1), dims=[16, 32, 64, 128])
@@ -77,7 +82,7 @@ def test_released_config_builds(base, tmp_path):
     assert model.layers[0].with_cp
 
 
-def test_released_spelling_is_strict():
+def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError, match='ssm_ratio'):
         MODELS.build(dict(type='MMDET_VHEAT', ssm_ratio=2.0))
     with pytest.raises(ValueError, match='dims'):

@@ -1,4 +1,4 @@
-"""The command line around resizing, as people call it: from anywhere, with wrong names, on a full disk."""
+"""The command line of interpolate4downstream.py: other working directories, wrong names, a full disk."""
 
 import os
 import resource
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import interpolate4downstream
-from vheat_mm.models.load_weights import load_pretrained
+from vheat_mm.models.weights import load_pretrained
 from vheat_mm.ops.freq_embed import resize_freq_embed
 
 SCRIPT = Path(interpolate4downstream.__file__)
@@ -33,7 +33,7 @@ def call(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]
     return status, captured.out, captured.err
 
 
-def test_as_a_program_from_anywhere(folder, make_vheat):
+def test_as_a_program_in_another_folder(folder, make_vheat):
     command = [sys.executable, '-W', 'ignore', str(SCRIPT), '--pt_pth', 'in.pth', '--tg_pth', 'out.pth']
     done = subprocess.run([*command, '--pt_size', '64', '--tg_size', '128', '96'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -41,7 +41,7 @@ def test_as_a_program_from_anywhere(folder, make_vheat):
     assert 'freq_embed.3     2 x 2    ->    4 x 3' in done.stdout
     assert f'{(folder / "out.pth").stat().st_size / 1e6:.1f} MB' in done.stdout
     source, content = torch.load('in.pth')['state_dict'], torch.load('out.pth', weights_only=True)
-    assert content['state_dict'].keys() == source.keys()  # the neck goes along
+    assert content['state_dict'].keys() == source.keys()  # the neck is kept
     model = make_vheat(img_size=(128, 96))
     load_pretrained(model, 'out.pth')
     expected = resize_freq_embed(source['backbone.freq_embed.1'], (16, 12), 'pad')
@@ -50,7 +50,7 @@ def test_as_a_program_from_anywhere(folder, make_vheat):
 
 @pytest.mark.parametrize('name', ['in.pth', './x/../in.pth', '~/in.pth', 'hard.pth', 'soft.pth'])
 @pytest.mark.parametrize('dry', [[], ['--dry-run']])
-def test_the_input_under_any_name_is_kept(folder, capsys, name, dry):
+def test_input_is_not_overwritten_under_any_name(folder, capsys, name, dry):
     (folder / 'x').mkdir()
     os.link('in.pth', 'hard.pth')
     Path('soft.pth').symlink_to('in.pth')
@@ -61,7 +61,7 @@ def test_the_input_under_any_name_is_kept(folder, capsys, name, dry):
     assert Path('in.pth').read_bytes() == before
 
 
-def test_other_names_may_be_replaced(folder, capsys):
+def test_other_files_are_replaced(folder, capsys):
     Path('out.pth').write_text('old')
     assert call(capsys, '--pt_pth', '~/in.pth', '--tg_pth', '~/out.pth')[0] == 0
     assert torch.load('out.pth', weights_only=True)['model']['freq_embed.0'].shape == (32, 32, 4)
@@ -97,8 +97,8 @@ def test_wrong_flags_are_refused(folder, capsys, wrong):
     assert not Path('out.pth').exists()
 
 
-def test_disk_that_is_really_full(folder):
-    """The kernel refuses to write beyond a limit, as a full disk does: the old file stays, nothing else does."""
+def test_full_disk(folder):
+    """The kernel refuses to write beyond a limit, like a full disk: the old file stays, and no partial file."""
     Path('out.pth').write_text('old')
     limit = Path('in.pth').stat().st_size // 2
     command = [sys.executable, '-W', 'ignore', str(SCRIPT), '--pt_pth', 'in.pth', '--pt_size', '64']

@@ -1,21 +1,25 @@
-"""What of the stack works on this machine, and how to mend what does not.
+"""Environment check: which packages work on this machine, and how to repair those that do not.
 
     python -m vheat_mm.doctor [--json]
 
-The exit status is 0 where the core works (Python, PyTorch, MMEngine, the VHeat backbone) and 1
-elsewhere; the three OpenMMLab libraries are needed per task and never decide it. Everything is
-tried, not only looked up: operators run, a checkpoint is read, a backbone computes. Should the
-package itself not import, run this file: ``python path/to/vheat_mm/apis/doctor.py``.
+The exit status is 0 if the core works (Python, PyTorch, MMEngine, the VHeat backbone) and 1 otherwise; each of the
+OpenMMLab libraries is needed for its task only and does not change it. Packages are used, not only looked up: operators
+run, a checkpoint is read, a backbone computes. Supported versions come from the metadata of the installed packages.
+
+This file imports nothing of its package, so that it also runs where that cannot be imported:
+``python path/to/vheat_mm/apis/doctor.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import io
 import json
+import operator
 import os
 import platform
 import re
@@ -23,9 +27,15 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+
+try:
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+except ModuleNotFoundError:  # it comes with matplotlib, which MMEngine requires
+    SpecifierSet = None  # type: ignore[assignment, misc]
 
 OK, WARN, MISSING, BROKEN = 'ok', 'warn', 'missing', 'broken'
 CORE = ('Python', 'PyTorch', 'MMEngine', 'VHeat')
@@ -33,7 +43,7 @@ CORE = ('Python', 'PyTorch', 'MMEngine', 'VHeat')
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; ``remedy`` is empty where nothing needs doing."""
+    """One line of the table; ``remedy`` is empty if there is nothing to repair."""
 
     name: str
     status: str
@@ -41,30 +51,8 @@ class Row:
     remedy: str = ''
 
 
-class Versions(NamedTuple):
-    """Supported range, minimum included and maximum excluded, and the version we ran ourselves."""
-
-    minimum: str
-    below: str
-    tried: str
-
-
-VERSIONS = {
-    'python': Versions('3.10', '', '3.11.7'),
-    'torch': Versions('2.1', '', '2.13.0'),
-    'mmengine': Versions('0.10.4', '1.0.0', '0.10.7'),
-    # mmdet 3.3.0 and mmsegmentation 1.2.2 assert mmcv < 2.2.0 when they are imported.
-    'mmcv': Versions('2.0.0', '2.2.0', '2.1.0'),
-    'mmdet': Versions('3.1.0', '3.4.0', '3.3.0'),
-    'mmseg': Versions('1.1.0', '1.3.0', '1.2.2'),
-    'mmpretrain': Versions('1.1.0', '1.3.0', '1.2.0'),
-}
-BUILD_MMCV = 'compile it for this torch: tools/misc/build_mmcv.sh (or `pip install mmcv==2.1.0 \
---no-build-isolation --no-binary mmcv`)'
-
-
 class ImportFailedError(Exception):
-    """An import that did not work; ``status`` is MISSING where the package is not there at all."""
+    """A failed import; ``status`` is MISSING if the package is not installed."""
 
     def __init__(self, name: str, error: BaseException) -> None:
         absent = isinstance(error, ModuleNotFoundError) and error.name == name
@@ -73,7 +61,7 @@ class ImportFailedError(Exception):
 
 
 def summary(error: BaseException) -> str:
-    """The kind and the first line of an error, without colours, shortened to fit a table."""
+    """An error's type and the first line of its message, as :func:`vheat_mm.utils.text.summarize_error`."""
     lines = re.sub(r'\x1b\[[0-9;]*m', '', str(error)).strip().splitlines() or ['']
     text = f'{type(error).__name__}: {lines[0]}'
     return text if len(text) <= 160 else text[:157] + '...'
@@ -81,7 +69,7 @@ def summary(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep import-time chatter out of the table (and out of ``--json``)."""
+    """Keep warnings and prints of imports out of the table and of ``--json``."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
@@ -92,7 +80,7 @@ def quiet() -> Iterator[None]:
 
 
 def load(name: str) -> ModuleType:
-    """Import ``name``; any failure at all, SystemExit included, becomes ImportFailedError."""
+    """Import a module; any failure, SystemExit included, becomes ImportFailedError."""
     try:
         with quiet():
             return importlib.import_module(name)
@@ -102,27 +90,70 @@ def load(name: str) -> ModuleType:
         raise ImportFailedError(name, error) from error
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """``'2.13.0+cpu'`` -> (2, 13, 0), for comparison with versions of the table."""
-    match = re.match(r'\d+(\.\d+)*', version)
-    return tuple(int(part) for part in match.group().split('.')) if match else ()
+@functools.cache
+def supported(distribution: str) -> SpecifierSet | None:
+    """Versions of a distribution that vheat_mm and the installed OpenMMLab libraries require.
+
+    Returns:
+        ``None`` if none of them says so, or no metadata can be read.
+    """
+    if SpecifierSet is None:
+        return None
+    found = []
+    for owner in ('vheat_mm', 'mmdet', 'mmsegmentation', 'mmpretrain'):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            requirements = [Requirement(line) for line in importlib.metadata.requires(owner) or ()]
+            found += [requirement.specifier for requirement in requirements if requirement.name == distribution]
+    return functools.reduce(operator.and_, found) if found else None
 
 
-def range_fault(package: str, version: str) -> str:
-    """What is wrong with a version, as words; empty where it lies in the supported range."""
-    supported = VERSIONS[package]
-    if numbers(version) < numbers(supported.minimum):
-        return f'older than {supported.minimum}'
-    if supported.below and numbers(version) >= numbers(supported.below):
-        return f'not below {supported.below}'
-    return ''
+def range_fault(distribution: str, version: str) -> str:
+    """``'not in <2.2.0,>=2.0.0'``, empty for a version that is supported or of which nothing is known."""
+    versions = supported(distribution)
+    return '' if versions is None or versions.contains(version, prereleases=True) else f'not in {versions}'
+
+
+def install(distribution: str, options: str = '') -> str:
+    """The pip command that installs a supported version."""
+    versions = supported(distribution) or ''
+    return f"pip install {options}'{distribution}{versions}'" if versions else f'pip install {options}{distribution}'
+
+
+def build_mmcv() -> str:
+    """How to compile mmcv for the installed torch."""
+    command = install('mmcv', '--no-build-isolation --no-binary mmcv ')
+    return f'compile it for this torch: tools/misc/build_mmcv.sh (or {command})'
+
+
+def check_package(name: str, modules: tuple[str, ...], distribution: str, remedy: str, outside: str = WARN) -> Row:
+    """Import modules of one distribution; ``outside`` is the status of an unsupported version."""
+    try:
+        loaded = [load(module) for module in modules]
+    except ImportFailedError as error:
+        return Row(name, error.status, str(error), remedy)
+    version = loaded[0].__version__
+    if fault := range_fault(distribution, version):
+        return Row(name, outside, f'{version}: {fault}', remedy)
+    return Row(name, OK, version)
+
+
+def check_metadata() -> Row:
+    """This package's own metadata, which says the supported versions."""
+    if version := distribution_version('vheat_mm'):
+        if SpecifierSet is not None:
+            return Row('vheat_mm', OK, version)
+        return Row('vheat_mm', WARN, f'{version}; supported versions are unknown', 'pip install packaging')
+    remedy = 'pip install -e . in the source folder'
+    return Row('vheat_mm', WARN, 'not installed: supported versions are unknown', remedy)
 
 
 def check_python() -> Row:
     version = platform.python_version()
     found = f'{version} ({sys.executable})'
-    if fault := range_fault('python', version):
-        return Row('Python', BROKEN, f'{found}: {fault}', 'use Python 3.10 or newer')
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        required = importlib.metadata.metadata('vheat_mm')['Requires-Python'] or ''
+        if SpecifierSet is not None and not SpecifierSet(required).contains(version, prereleases=True):
+            return Row('Python', BROKEN, f'{found}: not in {required}', f'use Python {required}')
     return Row('Python', OK, found)
 
 
@@ -130,13 +161,12 @@ def check_torch() -> Row:
     try:
         torch = load('torch')
     except ImportFailedError as error:
-        install = f'pip install torch=={VERSIONS["torch"].tried}'
-        return Row('PyTorch', error.status, str(error), install)
+        return Row('PyTorch', error.status, str(error), install('torch'))
     version, cuda = torch.__version__, torch.version.cuda
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found = f'{version}, ' + (f'CUDA {cuda}, ' if cuda else '') + (', '.join(devices) or 'CPU only')
     if fault := range_fault('torch', version):
-        return Row('PyTorch', BROKEN, f'{found}: {fault}', 'pip install --upgrade torch')
+        return Row('PyTorch', BROKEN, f'{found}: {fault}', install('torch', '--upgrade '))
     if not devices and shutil.which('nvidia-smi'):
         remedy = (
             'nvidia-smi is here but torch sees no GPU: '
@@ -162,7 +192,7 @@ def check_numpy() -> Row:
 
 
 def check_cv2() -> Row:
-    """Four wheels own the same cv2 folder; with two of them, the last one installed is in use."""
+    """Four distributions install the same cv2 folder; of two, the one installed last is in use."""
     heads = ('opencv-python', 'opencv-contrib-python')
     here = [n for head in heads for n in (head, f'{head}-headless') if distribution_version(n)]
     try:
@@ -172,13 +202,13 @@ def check_cv2() -> Row:
         return Row('cv2', error.status, str(error), f'{clean}pip install opencv-python-headless')
     found = f'{cv2.__version__} ({" and ".join(here) or "not from pip"})'
     if len(here) > 1:
-        remedy = f'both own cv2/: pip uninstall -y {" ".join(here)}; pip install {here[1]}'
+        remedy = f'both install cv2/: pip uninstall -y {" ".join(here)}; pip install {here[1]}'
         return Row('cv2', WARN, found, remedy)
     return Row('cv2', OK, found)
 
 
 def distribution_version(name: str) -> str:
-    """The installed version of a distribution, empty where there is none."""
+    """The installed version of a distribution, empty if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -199,48 +229,26 @@ def check_torchvision() -> Row:
     except Exception as error:
         remedy = 'install the torchvision that belongs to this torch'
         return Row('torchvision', BROKEN, f'{trouble}; {summary(error)}', remedy)
-    found = f'{shimmed.__version__}, compiled for another torch build; works by our shim'
+    found = f'{shimmed.__version__}, compiled for another torch build; works with ensure_torchvision()'
     remedy = (
-        'nothing for tools/ of this repository; other programs: call '
+        'tools/ of this repository need nothing; other programs: call '
         'vheat_mm.utils.torchvision.ensure_torchvision() first, or install the matching torchvision'
     )
     return Row('torchvision', WARN, found, remedy)
 
 
-def check_mmengine() -> Row:
-    install = f'pip install mmengine=={VERSIONS["mmengine"].tried}'
-    try:
-        version = load('mmengine').__version__
-        load('mmengine.runner')
-    except ImportFailedError as error:
-        return Row('MMEngine', error.status, str(error), install)
-    if fault := range_fault('mmengine', version):
-        return Row('MMEngine', BROKEN, f'{version}: {fault}', install)
-    return Row('MMEngine', OK, version)
-
-
-def check_mmcv() -> Row:
-    try:
-        version = load('mmcv').__version__
-    except ImportFailedError as error:
-        return Row('mmcv', error.status, str(error), BUILD_MMCV)
-    if fault := range_fault('mmcv', version):
-        return Row('mmcv', WARN, f'{version}: {fault}', BUILD_MMCV)
-    return Row('mmcv', OK, version)
-
-
 def check_mmcv_ops() -> Row:
-    """Load the compiled operators and run two of them on every kind of device there is."""
+    """Run two of the compiled operators on the CPU and, if there is one, on the GPU."""
     if not distribution_version('mmcv'):
         lite = distribution_version('mmcv-lite')
         found = f'mmcv-lite {lite} has no operators' if lite else 'mmcv is not installed'
-        remedy = 'pip uninstall -y mmcv-lite; ' * bool(lite) + BUILD_MMCV
+        remedy = 'pip uninstall -y mmcv-lite; ' * bool(lite) + build_mmcv()
         return Row('mmcv.ops', MISSING, found, remedy)
     try:
         ops, torch = load('mmcv.ops'), load('torch')
     except ImportFailedError as error:
         why = 'compiled for another torch' if 'undefined symbol' in str(error) else 'do not load'
-        return Row('mmcv.ops', BROKEN, f'{why}: {error}', f'pip uninstall -y mmcv; {BUILD_MMCV}')
+        return Row('mmcv.ops', BROKEN, f'{why}: {error}', f'pip uninstall -y mmcv; {build_mmcv()}')
     devices = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
     for device in devices:
         boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [0.0, 0.0, 9.0, 8.0]], device=device)
@@ -253,46 +261,34 @@ def check_mmcv_ops() -> Row:
             remedy = 'compiled without CUDA: build it again with nvcc, and FORCE_CUDA=1'
             return Row('mmcv.ops', BROKEN, f'on {device}: {summary(error)}', remedy)
         if not right:
-            return Row('mmcv.ops', BROKEN, f'nms or roi_align is wrong on {device}', BUILD_MMCV)
+            return Row('mmcv.ops', BROKEN, f'nms or roi_align is wrong on {device}', build_mmcv())
     return Row('mmcv.ops', OK, f'nms and roi_align run on {" and ".join(devices)}')
 
 
 def check_library(name: str, distribution: str, task: str) -> Row:
-    """mmdet, mmseg or mmpretrain: does it import (they assert versions), is it one we support."""
-    install = f'for {task}: pip install {distribution}=={VERSIONS[name].tried}'
-    with contextlib.suppress(Exception), quiet():  # the row of torchvision reports its troubles
+    """mmdet, mmseg or mmpretrain, which check versions of other packages when they are imported."""
+    remedy = f'for {task}: {install(distribution)}'
+    with contextlib.suppress(Exception), quiet():  # a failure is reported by the row of torchvision
         load('vheat_mm.utils.torchvision').ensure_torchvision()
-    try:
-        version = load(name).__version__
-        load(f'{name}.models')
-    except ImportFailedError as error:
-        if error.status == MISSING:
-            return Row(name, MISSING, 'not installed', install)
-        remedy = 'see the rows above; ' * ('mmcv' in str(error)) + install
-        if re.search(r"No module named '(ftfy|regex)'", str(error)):
-            remedy = 'pip install ftfy regex'
-        return Row(name, BROKEN, str(error), remedy)
-    if fault := range_fault(name, version):
-        return Row(name, WARN, f'{version}: {fault}', install)
-    return Row(name, OK, version)
+    row = check_package(name, (name, f'{name}.models'), distribution, remedy)
+    if row.status == BROKEN and re.search(r"No module named '(ftfy|regex)'", row.found):
+        return replace(row, remedy='pip install ftfy regex')
+    if row.status == BROKEN and 'mmcv' in row.found:
+        return replace(row, remedy=f'see the rows above; {remedy}')
+    return replace(row, found='not installed') if row.status == MISSING else row
 
 
 def check_optional(name: str, use: str) -> Row:
-    """A package some feature wants."""
+    """An optional package, or one that another package forgets to require."""
     try:
         load(name)
     except ImportFailedError as error:
-        return Row(name, error.status, f'{use}: {error}', f'pip install {name}')
+        return Row(name, error.status, f'{use}: {error}', install(name))
     return Row(name, OK, distribution_version(name))
 
 
-def check_yacs() -> Row:
-    version = distribution_version('yacs')
-    return Row('yacs', OK, version or 'absent, and not needed: released checkpoints load without it')
-
-
 def check_safe_load() -> Row:
-    """Write a training checkpoint as MMEngine does and read it back with code execution off."""
+    """Save a training checkpoint as MMEngine does, and read it with PyTorch's safe loader."""
     torch, numpy = load('torch'), load('numpy')
     load('vheat_mm')
     from mmengine.logging import HistoryBuffer
@@ -310,7 +306,7 @@ def check_safe_load() -> Row:
 
 
 def check_vheat() -> Row:
-    """Build the backbone as a config would and compute one image, forward and backward."""
+    """Build the backbone from the registry, and run it forward and backward on one image."""
     torch = load('torch')
     load('vheat_mm')
     from mmengine.registry import MODELS
@@ -327,15 +323,18 @@ def check_vheat() -> Row:
 
 CHECKS: dict[str, Callable[[], Row]] = {
     'Python': check_python,
+    'vheat_mm': check_metadata,
     'platform': lambda: Row('platform', OK, f'{platform.platform(terse=True)}, {os.cpu_count()} cores'),
     'PyTorch': check_torch,
     'numpy': check_numpy,
-    'MMEngine': check_mmengine,
+    'MMEngine': lambda: check_package(
+        'MMEngine', ('mmengine', 'mmengine.runner'), 'mmengine', install('mmengine'), outside=BROKEN
+    ),
     'VHeat': check_vheat,
     'safe torch.load': check_safe_load,
     'cv2': check_cv2,
     'torchvision': check_torchvision,
-    'mmcv': check_mmcv,
+    'mmcv': lambda: check_package('mmcv', ('mmcv',), 'mmcv', build_mmcv()),
     'mmcv.ops': check_mmcv_ops,
     'mmdet': lambda: check_library('mmdet', 'mmdet', 'detection'),
     'mmseg': lambda: check_library('mmseg', 'mmsegmentation', 'segmentation'),
@@ -343,19 +342,18 @@ CHECKS: dict[str, Callable[[], Row]] = {
     'ftfy': lambda: check_optional('ftfy', 'mmseg imports it'),
     'regex': lambda: check_optional('regex', 'mmseg imports it'),
     'safetensors': lambda: check_optional('safetensors', 'for .safetensors files'),
-    'yacs': check_yacs,
 }
 
 
 def examine(checks: dict[str, Callable[[], Row]] = CHECKS) -> list[Row]:
-    """Run the checks; one that fails in an unforeseen way is a broken row, never a traceback."""
+    """Run the checks; an unexpected error of a check becomes a broken row."""
     rows = []
     for name, check in checks.items():
         try:
             with quiet():
                 rows.append(check())
         except Exception as error:
-            rows.append(Row(name, BROKEN, summary(error), 'mend the broken rows above first'))
+            rows.append(Row(name, BROKEN, summary(error), 'repair the broken rows above first'))
     return rows
 
 
@@ -364,7 +362,7 @@ def core_works(rows: list[Row]) -> bool:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as aligned text, each remedy on a line of its own below its row."""
+    """The rows as aligned text, each remedy on a line below its row."""
     width = max(len(row.name) for row in rows)
     lines = []
     for row in rows:
@@ -377,7 +375,7 @@ def table(rows: list[Row]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m vheat_mm.doctor',
-        description='What of the stack works on this machine, and how to mend what does not.',
+        description='Check which packages work on this machine, and how to repair those that do not.',
     )
     parser.add_argument('--json', action='store_true', help='machine-readable output')
     args = parser.parse_args(argv)
@@ -394,6 +392,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    if not __package__:  # run as a file: this folder's module names must not shadow others
-        sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
+    if not __package__:  # run as a file: import from the source folder, not from this one
+        sys.path[0] = str(Path(__file__).resolve().parents[2])
     sys.exit(main())

@@ -13,12 +13,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from vheat_mm.utils.dist import process_count, process_rank
-from vheat_mm.utils.errors import (
-    _KNOWN,
-    REQUEUE,
-    StopRequested,
-    describe,
-)
+from vheat_mm.utils.errors import REQUEUE, USER_ERRORS, StopRequested, describe
 
 SHOW_TRACEBACK = 'VHEAT_TRACEBACK'
 # Status of a run that ended with a message; a crash with a traceback has Python's 1.
@@ -69,7 +64,7 @@ def run_reporting_errors(body: Callable[[SetupEndHook], None]) -> int:
         return REQUEUE
     except Exception as error:
         _let_others_go_first(error)
-        known = isinstance(error, _KNOWN)
+        known = isinstance(error, USER_ERRORS)
         if phase.finished and not known:
             raise
         if os.environ.get(SHOW_TRACEBACK) == '1':

@@ -1,14 +1,16 @@
-"""Saving to and loading from the Hugging Face Hub, by its own mixin: ``pip install 'vheat_mm[hub]'``.
+"""vHeat on the Hugging Face Hub, through ``huggingface_hub``'s own mixin: ``pip install 'vheat_mm[hub]'``.
 
-A folder holds ``config.json`` (the constructor's arguments, and what was done to the model since), weights in
-``model.safetensors``, and a model card. The mixin on its own takes a config that lacks or misspells an argument and
-weights that do not fit (``strict=False``) without an error; here each of them is one.
+A folder holds ``config.json`` (the constructor's arguments, and later changes of the model), the weights in
+``model.safetensors``, and a model card. The mixin alone accepts a config with missing or misspelt arguments and weights
+that do not fit (``strict=False``); here each of them is an error.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import types
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -19,30 +21,56 @@ from vheat_mm.checkpoint.io import read_checkpoint, save_atomically
 from vheat_mm.models.arch import ARCHS
 from vheat_mm.models.classifier import VHeatClassifier
 from vheat_mm.models.vheat import DropPath, Stage, VHeat
+from vheat_mm.models.weights import compare
 from vheat_mm.utils.errors import CheckpointError
-from vheat_mm.utils.text import some_of
+from vheat_mm.utils.text import first_line, some_of
 
-try:
-    from huggingface_hub import PyTorchModelHubMixin, snapshot_download
-    from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"vheat_mm.hub needs huggingface_hub and safetensors (no module {error.name!r}): pip install 'vheat_mm[hub]'",
-        name=error.name,
-    ) from error
-
-# What the config says beside the constructor's arguments: the class, and the image size of ``switch_to_deploy``.
+_CONFIG, _WEIGHTS = 'config.json', 'model.safetensors'  # the mixin's file names
+# Entries of the config beside the constructor's arguments: the class, and the image size of ``switch_to_deploy``.
 _ARCHITECTURE, _DEPLOYED = 'architecture', 'deployed'
+# The classes of :mod:`vheat_mm.hub`: what they add the mixin to, and their task on the Hub.
+_BASES: dict[str, tuple[type[nn.Module], str]] = {
+    'HubVHeat': (VHeat, 'image-feature-extraction'),
+    'HubVHeatClassifier': (VHeatClassifier, 'image-classification'),
+}
 
 
-class _HubModel(
-    PyTorchModelHubMixin,
-    library_name='vheat_mm',
-    license='apache-2.0',
-    paper_url='https://arxiv.org/abs/2405.16555',
-    tags=['vheat', 'backbone'],
-):
-    """The mixin with nothing passed over in silence; see :class:`HubVHeat`."""
+@functools.cache
+def hub_class(name: str) -> Any:
+    """Make ``HubVHeat`` or ``HubVHeatClassifier``; not on import, as huggingface_hub is optional.
+
+    Raises:
+        ModuleNotFoundError: huggingface_hub is not installed.
+    """
+    try:
+        from huggingface_hub import PyTorchModelHubMixin
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'vheat_mm.hub needs huggingface_hub and safetensors (no module {error.name!r}): '
+            "pip install 'vheat_mm[hub]'",
+            name=error.name,
+        ) from error
+    base, task = _BASES[name]
+    arguments = dict(
+        library_name='vheat_mm',
+        license='apache-2.0',
+        paper_url='https://arxiv.org/abs/2405.16555',
+        tags=['vheat', 'backbone'],
+        pipeline_tag=task,
+    )
+    members = dict(__module__='vheat_mm.hub', __doc__=_DOC.format(base.__name__), architecture=base.__name__)
+    return types.new_class(name, (_HubMethods, PyTorchModelHubMixin, base), arguments, lambda ns: ns.update(members))
+
+
+_DOC = """:class:`~vheat_mm.models.{}` with ``save_pretrained``, ``push_to_hub`` and ``from_pretrained``.
+
+Every constructor argument but ``init_cfg`` is stored and restored, and so are the floating-point types of the weights
+and ``switch_to_deploy``.
+"""
+
+
+class _HubMethods:
+    """Methods in front of the mixin's, with an error where the mixin would continue with something else."""
 
     architecture: ClassVar[str]
 
@@ -58,19 +86,21 @@ class _HubModel(
         revision: str | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Build what ``save_pretrained`` saved, in evaluation mode.
+        """Build the model that ``save_pretrained`` saved, in evaluation mode.
 
         Args:
             pretrained_model_name_or_path: Folder, or repository of the Hub such as ``'user/vheat_tiny'``.
             force_download: See ``huggingface_hub.snapshot_download``, as for ``token``, ``cache_dir``,
                 ``local_files_only``, ``revision``.
-            model_kwargs: Arguments of the constructor in place of the stored ones, and ``map_location`` (device,
+            model_kwargs: Arguments of the constructor that replace the stored ones, and ``map_location`` (device,
                 default ``'cpu'``). Embeddings are padded to another ``img_size``.
 
         Raises:
-            CheckpointError: No such folder or repository; files that are missing, damaged, of another class, written
-                by something else, or that do not fit each other or ``model_kwargs``.
+            CheckpointError: No such folder or repository; files that are missing, corrupt, of another class, written
+                by another program, or that do not fit each other or ``model_kwargs``.
         """
+        from huggingface_hub import snapshot_download
+
         folder = Path(pretrained_model_name_or_path).expanduser()
         if not folder.is_dir():
             try:
@@ -82,17 +112,16 @@ class _HubModel(
                         force_download=force_download,
                         token=token,
                         local_files_only=local_files_only,
-                        allow_patterns=[CONFIG_NAME, SAFETENSORS_SINGLE_FILE],
+                        allow_patterns=[_CONFIG, _WEIGHTS],
                     )
                 )
-            except (OSError, ValueError) as error:  # of the net, the cache, and names that are none
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            except (OSError, ValueError) as error:  # of the network, the cache, and malformed names
                 raise CheckpointError(
-                    f'{str(pretrained_model_name_or_path)!r} is no folder (working directory {Path.cwd()}), and as a '
-                    f'repository of the Hugging Face Hub it could not be had: {reason}'
+                    f'{str(pretrained_model_name_or_path)!r} is not a folder (working directory {Path.cwd()}), and '
+                    f'its download from the Hugging Face Hub failed: {first_line(error)}'
                 ) from error
-        _check_config(cls, folder / CONFIG_NAME)
-        return super().from_pretrained(str(folder), **model_kwargs)
+        _check_config(cls, folder / _CONFIG)
+        return super().from_pretrained(str(folder), **model_kwargs)  # type: ignore[misc]
 
     @classmethod
     def _from_pretrained(
@@ -109,52 +138,36 @@ class _HubModel(
         config: dict[str, Any] | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Called by the mixin with a folder, its config, and the arguments to build from."""
+        """Called by the mixin with a folder, its config, and the constructor's arguments."""
         if not strict:
-            raise ValueError('strict must be True: weights fit, or loading them is an error')
+            raise ValueError('strict must be True: weights that do not fit are an error')
         folder = Path(model_id)
         try:
             model = _build(cls, model_kwargs, (config or {}).get(_DEPLOYED))
         except (TypeError, ValueError) as error:
             raise CheckpointError(
-                f'no model comes of {str(folder / CONFIG_NAME)!r}, {model_kwargs}: {error}'
+                f'cannot build the model of {str(folder / _CONFIG)!r}, {model_kwargs}: {error}'
             ) from error
-        _load_strictly(model, folder / SAFETENSORS_SINGLE_FILE)
+        _load_strictly(model, folder / _WEIGHTS)
         return model.eval().to(map_location)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Write config, weights and, where there is none yet, a model card.
+        """Write config, weights and, unless there is one already, a model card.
 
         Args:
-            save_directory: Folder; made where there is none.
+            save_directory: Folder; created if it does not exist.
             kwargs: The mixin's: ``push_to_hub=True`` with ``repo_id``, ``model_card_kwargs``.
 
         Raises:
-            CheckpointError: The model was changed into something that no arguments build, and nothing was written; or
+            CheckpointError: The model was changed so that its arguments do not build it, and nothing was written; or
                 the weights could not be written.
         """
-        self._hub_mixin_config = _describe(self)
-        return super().save_pretrained(save_directory, **kwargs)
+        self._hub_mixin_config = _config_of(self)
+        return super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Called by the mixin, whose own file could be half written and is readable by its owner only."""
-        save_atomically(cast(nn.Module, self).state_dict(), save_directory / SAFETENSORS_SINGLE_FILE)
-
-
-class HubVHeat(_HubModel, VHeat, pipeline_tag='image-feature-extraction'):
-    """:class:`~vheat_mm.VHeat` with ``save_pretrained``, ``push_to_hub`` and ``from_pretrained``.
-
-    Every constructor argument but ``init_cfg`` is stored and restored, and so are the floating-point types of the
-    weights and ``switch_to_deploy``.
-    """
-
-    architecture = 'VHeat'
-
-
-class HubVHeatClassifier(_HubModel, VHeatClassifier, pipeline_tag='image-classification'):
-    """:class:`~vheat_mm.models.classifier.VHeatClassifier` with ``save_pretrained``, ``push_to_hub`` and ``from_pretrained``."""
-
-    architecture = 'VHeatClassifier'
+        """Called by the mixin, whose own way of writing is not atomic and makes a file that only its owner can read."""
+        save_atomically(cast(nn.Module, self).state_dict(), save_directory / _WEIGHTS)
 
 
 def _backbone(model: nn.Module) -> VHeat:
@@ -168,13 +181,13 @@ def _build(cls: type, arguments: dict[str, Any], deployed: list[int] | None) -> 
     return model
 
 
-def _describe(model: Any) -> dict[str, Any]:
-    """The config from which the model can be built again; an error where there is none."""
+def _config_of(model: Any) -> dict[str, Any]:
+    """The config that builds the model again; an error where its arguments do not."""
     backbone = _backbone(model)
     blocks = cast(Stage, backbone.layers[0]).blocks
-    left_out = ('init_cfg', _ARCHITECTURE, _DEPLOYED)  # the weights are in the folder; an earlier save added the others
+    left_out = ('init_cfg', _ARCHITECTURE, _DEPLOYED)  # the folder has the weights; an earlier save added the others
     config = {key: value for key, value in model._hub_mixin_config.items() if key not in left_out}
-    # What the model itself knows is not left to the mixin's record of the call, which skips what JSON cannot hold.
+    # These are read from the model, as the mixin's record of the call leaves out what JSON cannot hold.
     config |= dict(
         arch=next((name for name, arch in ARCHS.items() if arch == backbone.arch), backbone.arch),
         img_size=backbone.img_size,
@@ -186,34 +199,34 @@ def _describe(model: Any) -> dict[str, Any]:
     deployed = None
     if backbone.freq_embed is None:
         deployed = [4 * side for side in blocks[0].op.k_exp.shape[:2]]  # the largest image with these stage maps
-    with torch.device('meta' if deployed is None else 'cpu'):  # a deployed model is computed, not just laid out
+    with torch.device('meta' if deployed is None else 'cpu'):  # switch_to_deploy needs real values
         rebuilt = _build(type(model), config, deployed)
     own, theirs = _layout(model), _layout(rebuilt)
     if own != theirs:
         changed = [key for key in own | theirs if own.get(key) != theirs.get(key)]
         raise CheckpointError(
-            f'this {type(model).__name__} is not what its arguments build, so nothing could load it; what differs: '
-            f'{some_of(changed)}. Change models by their arguments, reset_classifier and switch_to_deploy'
+            f'this {type(model).__name__} was changed and could not be loaded again: its arguments build another one; '
+            f'different: {some_of(changed)}. Change models by their arguments, reset_classifier and switch_to_deploy'
         )
     return {_ARCHITECTURE: model.architecture, _DEPLOYED: deployed} | config
 
 
 def _layout(model: nn.Module) -> dict[str, Any]:
-    """What two models have in common that can hold each other's weights and are trained alike."""
+    """Shapes of all weights, and the drop path rates: equal for models that are built alike."""
     rates = {f'{name}.drop_prob': m.drop_prob for name, m in model.named_modules() if isinstance(m, DropPath)}
     return {key: tuple(value.shape) for key, value in model.state_dict().items()} | rates
 
 
-def _check_config(cls: type[_HubModel], path: Path) -> None:
-    """Refuse a config that the mixin would fill up with defaults."""
+def _check_config(cls: type[_HubMethods], path: Path) -> None:
+    """Refuse a config that the mixin would complete with defaults."""
     name = str(path)
     if not path.is_file():
         raise CheckpointError(f'there is no {name!r}: save_pretrained of a vHeat writes it beside the weights')
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f'{name!r} is damaged: {error}; save or download it again') from error
-    classes = {sub.architecture: sub.__name__ for sub in (HubVHeat, HubVHeatClassifier)}
+        raise CheckpointError(f'{name!r} is corrupt: {error}; save or download it again') from error
+    classes = {base.__name__: name for name, (base, _) in _BASES.items()}
     written = config.get(_ARCHITECTURE) if isinstance(config, dict) else None
     if written not in classes:
         raise CheckpointError(
@@ -222,7 +235,8 @@ def _check_config(cls: type[_HubModel], path: Path) -> None:
         )
     if written != cls.architecture:
         raise CheckpointError(f'{name!r} describes a {written}: load it with {classes[written]}.from_pretrained')
-    known = (set(cls._hub_mixin_init_parameters) - {'self', 'init_cfg'}) | {_ARCHITECTURE, _DEPLOYED}
+    arguments = set(cast(Any, cls)._hub_mixin_init_parameters) - {'self', 'init_cfg'}
+    known = arguments | {_ARCHITECTURE, _DEPLOYED}
     if known != set(config):
         raise CheckpointError(
             f'{name!r} lacks {some_of(sorted(known - set(config)))} and has unknown '
@@ -231,24 +245,10 @@ def _check_config(cls: type[_HubModel], path: Path) -> None:
 
 
 def _load_strictly(model: nn.Module, path: Path) -> None:
-    """Load weights that must be the whole model and nothing else, in the types they are stored in."""
+    """Load all weights of the model and no others, keeping the floating-point types of the file."""
     # Copies: the file is mapped into memory, and the model may be saved over it.
     state = {key: value.clone() for key, value in read_checkpoint(path).items()}
-    own = model.state_dict()
-    missing, left_over = [key for key in own if key not in state], [key for key in state if key not in own]
-    wrong = [
-        f'{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}'
-        for key, value in state.items()
-        if key in own and value.shape != own[key].shape and not _is_other_grid(key, value, own[key])
-    ]
-    if missing or left_over or wrong:
-        raise CheckpointError(
-            f'{str(path)!r} does not fit the {CONFIG_NAME} beside it and the arguments given; missing: '
-            f'{some_of(missing)}; left over: {some_of(left_over)}; of another shape: {some_of(wrong)}'
-        )
+    found = compare(state, model.state_dict())
+    if not found.fits:
+        raise CheckpointError(f'{str(path)!r} does not fit the {_CONFIG} beside it and the arguments given; {found}')
     model.load_state_dict(state, assign=True)
-
-
-def _is_other_grid(key: str, value: torch.Tensor, own: torch.Tensor) -> bool:
-    """Whether these are embeddings that the model's load hook brings to its own grid."""
-    return '.freq_embed.' in f'.{key}' and value.ndim == 3 and value.shape[2] == own.shape[2]

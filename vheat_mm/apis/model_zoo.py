@@ -1,7 +1,6 @@
-"""Models by name, as plain PyTorch modules: for use outside OpenMMLab, without config or registry.
+"""Models by name, as plain PyTorch modules: for use without OpenMMLab's configs and registries.
 
-The arguments mean what they mean in timm where both have them, and are called as in :class:`~vheat_mm.VHeat`. Released
-checkpoints are read by the loader of the rest of the package (:mod:`vheat_mm.models.load_weights`): whole or not at all.
+Arguments that timm's ``create_model`` has too mean the same here; the others are those of :class:`~vheat_mm.VHeat`.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ import logging
 import os
 from collections.abc import Sequence
 
-import torch
 from mmengine.logging import print_log
 
+from vheat_mm.apis.hub import hub_class
 from vheat_mm.models.arch import ARCHS
 from vheat_mm.models.classifier import VHeatClassifier
-from vheat_mm.models.load_weights import load_pretrained
+from vheat_mm.models.find_weights import Weights
 from vheat_mm.models.vheat import VHeat
-from vheat_mm.models.weights import Weights
+from vheat_mm.models.weights import VariantError, compare, load_pretrained
 from vheat_mm.ops.freq_embed import NUM_STAGES
 from vheat_mm.utils.errors import CheckpointError
 
@@ -56,17 +55,17 @@ def create_model(
 
     Args:
         name: One of :func:`list_models`.
-        pretrained: Path or address of a checkpoint in any format that :mod:`vheat_mm.checkpoint.io` reads; random weights
-            without it.
+        pretrained: Path or URL of a checkpoint in any format that :mod:`vheat_mm.checkpoint.io` reads; without it
+            weights are random.
         features_only: Build the backbone, whose output is a tuple of maps described by ``feature_info``, instead of
             the classifier.
         out_indices: With ``features_only``: stages whose maps are returned; all four by default.
-        num_classes: Of the classifier. By default the checkpoint's, 1000 without one. A number that is not the
-            checkpoint's gets a new linear layer, with a warning; 0 gives the averaged map.
+        num_classes: Outputs of the classifier. By default the checkpoint's, 1000 without one. For any other number the
+            linear layer is new, with a warning; with 0 the model returns the averaged map.
         img_size: See :class:`~vheat_mm.VHeat`, as for ``in_channels``, ``drop_path_rate``, ``frozen_stages``,
-            ``with_cp``. A checkpoint's embeddings are brought to ``img_size``.
-        ema: See :func:`~vheat_mm.models.load_weights.load_pretrained`, as for ``prefix`` and ``resize``.
-        hub: Give the model ``save_pretrained`` and ``push_to_hub``: the classes of :mod:`vheat_mm.hub`.
+            ``with_cp``. A checkpoint's embeddings are resized to ``img_size``.
+        ema: See :func:`~vheat_mm.models.weights.load_pretrained`, as for ``prefix`` and ``resize``.
+        hub: Build a class of :mod:`vheat_mm.hub`, which has ``save_pretrained`` and ``push_to_hub``.
 
     Raises:
         ValueError: Unknown name; arguments that contradict each other or are out of range.
@@ -74,20 +73,15 @@ def create_model(
     """
     arch = _arch_of(name)
     if isinstance(pretrained, bool):
-        raise ValueError(f'pretrained must be the path or address of a checkpoint or None, got {pretrained!r}')
+        raise ValueError(f'pretrained must be the path or URL of a checkpoint or None, got {pretrained!r}')
     if pretrained is None and (ema or prefix is not None):
         raise ValueError('ema and prefix choose weights in a checkpoint: give its path as pretrained, or drop them')
     if features_only and num_classes is not None:
         raise ValueError(f'features_only=True has no classifier: drop num_classes={num_classes!r}, or features_only')
     if not features_only and out_indices is not None:
         raise ValueError(f'out_indices={out_indices!r} chooses feature maps: add features_only=True, or drop it')
-    build_backbone, build_classifier = VHeat, VHeatClassifier
-    if hub:
-        from vheat_mm.apis.hub import HubVHeat, HubVHeatClassifier
-
-        build_backbone, build_classifier = HubVHeat, HubVHeatClassifier
     if features_only:
-        model = build_backbone(
+        model = (hub_class('HubVHeat') if hub else VHeat)(
             arch=arch,
             img_size=img_size,
             in_channels=in_channels,
@@ -99,7 +93,7 @@ def create_model(
         if pretrained is not None:
             _load_backbone(model, pretrained, prefix, ema, resize)
         return model
-    classifier = build_classifier(
+    classifier = (hub_class('HubVHeatClassifier') if hub else VHeatClassifier)(
         arch=arch,
         num_classes=1000 if num_classes is None else num_classes,
         img_size=img_size,
@@ -125,15 +119,15 @@ def _arch_of(name: str) -> str:
 def _load_backbone(model: VHeat, path: str | os.PathLike, prefix: str | None, ema: bool, resize: str) -> Weights:
     try:
         return load_pretrained(model, path, prefix=prefix, ema=ema, resize=resize)
-    except CheckpointError as error:
-        for name, arch in _MODELS.items():
-            if f'set arch={arch!r}' in str(error):  # the remedy in configs; here the name stands for it
-                raise CheckpointError(f'{error}; that is create_model({name!r}, ...)') from error
-        raise
+    except VariantError as error:
+        name = next((name for name, arch in _MODELS.items() if arch == error.arch), None)
+        if name is None:
+            raise
+        raise CheckpointError(f'{error}; that is create_model({name!r}, ...)') from error
 
 
 def _load_head(model: VHeatClassifier, weights: Weights, num_classes: int | None) -> None:
-    """Load the classifier's linear layer, or say that it is new; ``num_classes`` is what was asked for."""
+    """Load the classifier's linear layer, or warn that it is new; ``num_classes`` is the caller's argument."""
     found = {key: weights.head[f'head.fc.{key}'] for key in ('weight', 'bias') if f'head.fc.{key}' in weights.head}
     classes = found['weight'].shape[0] if 'weight' in found else None
     if num_classes is None and classes is None:
@@ -151,11 +145,8 @@ def _load_head(model: VHeatClassifier, weights: Weights, num_classes: int | None
         text = f'The classifier of {wanted} classes is new and needs training: {weights.path!r} holds {theirs}.'
         print_log(text, logger='current', level=logging.WARNING)
         return
-    own = model.head['fc'].state_dict()
-    if {key: value.shape for key, value in found.items()} != {key: value.shape for key, value in own.items()}:
-        shapes = ', '.join(f'{key} {tuple(value.shape)}' for key, value in found.items())
-        expected = ', '.join(f'{key} {tuple(value.shape)}' for key, value in own.items())
-        raise CheckpointError(f'the classifier in {weights.path!r} has {shapes} instead of {expected}')
-    with torch.no_grad():
-        model.head['fc'].load_state_dict(found)
+    difference = compare(found, model.head['fc'].state_dict())
+    if not difference.fits:
+        raise CheckpointError(f'the classifier in {weights.path!r} does not fit; {difference}')
+    model.head['fc'].load_state_dict(found)
     print_log(f'The classifier of {wanted} classes comes from {weights.path!r} too (head.fc).', logger='current')

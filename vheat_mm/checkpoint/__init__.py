@@ -1,4 +1,4 @@
-"""Checkpoint files: read safely, verified, downloaded, written whole; which one a run resumes from."""
+"""Checkpoint files: reading untrusted ones safely, verification, download, atomic writing, choice for resuming."""
 
 from vheat_mm.checkpoint.io import read_checkpoint, save_atomically
 

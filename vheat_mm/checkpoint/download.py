@@ -1,4 +1,4 @@
-"""Downloading from an address that may send anything, for ever, or nothing at all."""
+"""Bounded download: untrusted servers can neither send without end nor stall."""
 
 from __future__ import annotations
 
@@ -8,45 +8,46 @@ import urllib.request
 from typing import IO
 
 from vheat_mm.utils.errors import CheckpointError
-from vheat_mm.utils.text import printable
+from vheat_mm.utils.text import first_line
 
 MAX_BYTES = 8 << 30
-_TIMEOUT = 60.0  # seconds without a byte
-_SLOWEST = 10_000  # bytes per second on average, after the first ``_TIMEOUT``
+_TIMEOUT = 60.0  # seconds without data
+_MIN_SPEED = 10_000  # bytes per second on average, once ``_TIMEOUT`` seconds have passed
 _CHUNK = 1 << 20
 
 
-class _WebOnly(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect that leaves the web; urllib itself would go on to ftp."""
+class _HttpOnly(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to http(s) only; urllib itself would follow them to ftp."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if not newurl.lower().startswith(('http://', 'https://')):
-            raise CheckpointError(f'{req.full_url!r} leads to {printable(newurl)!r}, which is not on the web')
+            raise CheckpointError(f'{req.full_url!r} redirects to {first_line(newurl)!r}, which is not http(s)')
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def download(url: str, file: IO[bytes]) -> None:
-    """Write what an http(s) address sends into a file.
+    """Download an http(s) URL into a file.
 
     Raises:
-        CheckpointError: Nothing there, cut short, too slow, more than ``MAX_BYTES``, or a redirect away from the web.
+        CheckpointError: The download failed, was incomplete, too slow or larger than ``MAX_BYTES``, or was redirected
+            to another protocol.
     """
     try:
-        with urllib.request.build_opener(_WebOnly).open(url, timeout=_TIMEOUT) as response:
+        with urllib.request.build_opener(_HttpOnly).open(url, timeout=_TIMEOUT) as response:
             _copy(response, file, url)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise CheckpointError(f'could not download {url!r}: {printable(error)}') from error
+        raise CheckpointError(f'could not download {url!r}: {first_line(error)}') from error
 
 
 def _copy(response: http.client.HTTPResponse, file: IO[bytes], url: str) -> None:
-    announced = response.length  # bytes, None where the server does not say
+    announced = response.length  # bytes; None if the server does not tell
     started, received = time.monotonic(), 0
-    remedy = 'Fetch it by other means and give its path.'
+    remedy = 'Download it with another program and give its path.'
     while (announced or 0) <= MAX_BYTES and (chunk := response.read1(_CHUNK)):
         received += len(chunk)
         file.write(chunk)
         elapsed = time.monotonic() - started
-        if elapsed > _TIMEOUT and received < elapsed * _SLOWEST:
+        if elapsed > _TIMEOUT and received < elapsed * _MIN_SPEED:
             raise CheckpointError(f'{url!r} sent {received} bytes in {elapsed:.0f} seconds. {remedy}')
         if received > MAX_BYTES:
             break

@@ -1,8 +1,8 @@
-"""Whether a checkpoint's pickle does nothing but describe tensors, numbers and names, found out without running it.
+"""Following the opcodes of a checkpoint's pickle without creating its objects.
 
-PyTorch's safe loader runs no code, but it takes the file's word for sizes: a few bytes make it allocate terabytes,
-read beyond a buffer, or hash for years. Here the pickle's opcodes are followed with stand-ins in place of the objects,
-and everything that a checkpoint has no use for is refused.
+PyTorch's safe loader runs no code from a file, but it trusts the sizes in it: a few bytes make it allocate terabytes,
+read beyond a buffer, or compute hashes for years. Here placeholders stand for the objects, and everything that a
+checkpoint does not need is refused.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import IO, Any, NoReturn, cast
 from vheat_mm.checkpoint.zip_layout import Record
 from vheat_mm.utils.errors import CheckpointError
 
-MAX_OPCODES = 500_000  # vHeat-base with its average and AdamW, one parameter group per weight: 78 225
+MAX_OPCODES = 500_000  # vHeat-base with moving average and AdamW, one parameter group per weight, has 78 225
 MAX_DEPTH = 100
-_MAX_KEY = 1 << 31  # larger integers could be chosen to have one hash
+_MAX_KEY = 1 << 31  # larger integers can be chosen to have equal hashes, which makes a dict slow
 
 _SINGLETONS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}
 _PUSHED = {'BININT', 'BININT1', 'BININT2', 'BINFLOAT', 'BINUNICODE', 'LONG1', 'SHORT_BINSTRING'}
@@ -25,16 +25,16 @@ _PUSHED = {'BININT', 'BININT1', 'BININT2', 'BINFLOAT', 'BINUNICODE', 'LONG1', 'S
 
 @dataclass(eq=False, slots=True)
 class Value:
-    """Stands for an object of the checkpoint.
+    """Placeholder for an object of the checkpoint.
 
     Attributes:
-        kind: What it is: ``'dict'``, ``'tensor'``, ...
-        size: Bytes of a storage or of bytes; bytes per element of a dtype.
+        kind: Its type: ``'dict'``, ``'tensor'``, ...
+        size: Length in bytes of a storage or a bytes object; bytes per element of a dtype.
         unit: Bytes per element of a storage.
-        items: What a dict or a list holds.
-        hashable: Whether all that a list holds may be in a set.
+        items: Items of a dict or a list.
+        hashable: Whether all items of a list may be in a set.
         depth: Levels of containers in it.
-        closed: Whether it is part of another object, after which pickles of PyTorch change it no more.
+        closed: Whether it is part of another object; pickles of PyTorch do not change it after that.
     """
 
     kind: str
@@ -47,25 +47,25 @@ class Value:
 
 
 class Tuple(tuple):
-    """A tuple of stand-ins, with its depth."""
+    """A tuple of placeholders, with its depth."""
 
     depth = 1
 
 
 @dataclass(eq=False, slots=True)
 class Name:
-    """A global, by module and name."""
+    """A global: ``module.name``."""
 
     text: str
 
 
-class Machine(abc.ABC):
-    """Follows the pickles of one file; a subclass says which objects may be made.
+class PickleInspector(abc.ABC):
+    """Follows the pickles of one file; a subclass decides which objects are allowed.
 
     Args:
         name: The file, named in errors.
-        records: Records of a zip file; ``None`` for PyTorch's older format, one stream.
-        length: Bytes of the file.
+        records: Records of a zip file; ``None`` for PyTorch's format before 1.6, a single stream.
+        length: Length of the file in bytes.
     """
 
     def __init__(self, name: str, records: dict[str, Record] | None, length: int) -> None:
@@ -78,10 +78,10 @@ class Machine(abc.ABC):
         """Follow one pickle from the stream's position to its end.
 
         Returns:
-            The stand-in of what it makes.
+            The placeholder of the object it creates.
 
         Raises:
-            CheckpointError: Damaged, or anything but a checkpoint's.
+            CheckpointError: The pickle is corrupt, or creates an object that is not allowed.
         """
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
@@ -109,15 +109,15 @@ class Machine(abc.ABC):
                     self._step(opcode.name)
         except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
             raise CheckpointError(
-                f'{self.name!r} is damaged or no PyTorch file: its pickle is malformed ({type(error).__name__}); '
+                f'{self.name!r} is corrupt or not a PyTorch file: its pickle is malformed ({type(error).__name__}); '
                 'compare its size with the source and copy it again'
             ) from error
 
     def read_names(self, stream: IO[bytes]) -> list[str]:
-        """Follow a pickle that holds a list of names."""
+        """Follow a pickle that creates a list of strings, and return it."""
         found = self.read(stream)
         if not is_kind(found, 'list') or not all(isinstance(name, str) for name in found.items.values()):
-            self.refuse('it holds no list of its storages')
+            self.refuse('it has no list of its storages')
         return list(found.items.values())
 
     def _step(self, opcode: str) -> None:
@@ -141,8 +141,8 @@ class Machine(abc.ABC):
             items = [stack.pop(-2), stack.pop()] if opcode == 'SETITEM' else self._pop_mark()
             self._set_items(items)
         elif opcode in ('REDUCE', 'NEWOBJ'):
-            arguments, made = stack.pop(), stack.pop()
-            stack.append(self.make(made, arguments, opcode))
+            arguments, function = stack.pop(), stack.pop()
+            stack.append(self.call(function, arguments, opcode))
         elif opcode == 'BUILD':
             state = self._close(stack.pop())
             self.build(stack[-1], state)
@@ -152,7 +152,7 @@ class Machine(abc.ABC):
             self.refuse(f'it uses the pickle opcode {opcode}, which PyTorch does not write')
 
     def refuse(self, reason: str) -> NoReturn:
-        """Raise the error that says so."""
+        """Raise the error with this reason."""
         raise CheckpointError(
             f'{self.name!r} was refused: {reason}. Loading it could exhaust or damage the process; '
             'ask its author for a file of tensors only.'
@@ -184,7 +184,7 @@ class Machine(abc.ABC):
     def _open(self, kinds: tuple[str, ...]) -> Value:
         target = self.stack[-1]
         if not isinstance(target, Value) or target.kind not in kinds or target.closed:
-            self.refuse('it changes an object that is finished, or is no container')
+            self.refuse('it changes an object that is complete or not a container')
         return target
 
     def _append(self, values: list[Any]) -> None:
@@ -197,39 +197,39 @@ class Machine(abc.ABC):
         target = self._open(('dict', 'ordered', 'counter'))
         for key, value in zip(values[::2], values[1::2], strict=True):
             if not is_key(key):
-                self.refuse('it holds a dict whose keys are neither names nor small integers')
+                self.refuse('it holds a dict whose keys are neither strings nor small integers')
             target.items[key] = value
         self._deepen(target, values[1::2])
 
     def _deepen(self, target: Value, values: list[Any]) -> None:
         target.depth = max(target.depth, self._depth_above(values))
         if target.closed:
-            self.refuse('it holds a container that is in itself')
+            self.refuse('it holds a container that contains itself')
 
     # --- objects
 
     @abc.abstractmethod
     def find(self, argument: str) -> Any:
-        """What a global stands for, given as module and name with a space between."""
+        """Look up a global, given as module and name with a space between."""
 
     @abc.abstractmethod
-    def make(self, made: Any, arguments: Any, opcode: str) -> Any:
-        """What calling a global makes."""
+    def call(self, function: Any, arguments: Any, opcode: str) -> Any:
+        """The object that calling a global creates."""
 
     @abc.abstractmethod
     def build(self, target: Any, state: Any) -> None:
-        """Give an object its state."""
+        """Set the state of an object."""
 
     @abc.abstractmethod
     def storage(self, key: Any) -> Any:
-        """The storage that a key outside the pickle names."""
+        """The storage with this persistent id."""
 
 
 def is_kind(value: Any, kind: str) -> bool:
-    """Whether something stands for an object of a kind."""
+    """Whether this is the placeholder of an object of a kind."""
     return isinstance(value, Value) and value.kind == kind
 
 
 def is_key(value: Any) -> bool:
-    """Whether something may be a dict's key, or in a set."""
+    """Whether this may be a key of a dict or an item of a set."""
     return value is None or isinstance(value, str) or (isinstance(value, int) and abs(value) < _MAX_KEY)

@@ -1,4 +1,4 @@
-"""The published variants as data, and the reading of ``arch`` and ``out_indices``."""
+"""The published variants, and checks of the arguments ``arch`` and ``out_indices``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ARCHS: dict[str, dict] = {
 
 
 def read_arch(arch: str | Mapping) -> dict:
-    """Complete and check an ``arch`` argument; see :class:`VHeat`."""
+    """Check an ``arch`` argument and fill in its defaults; see :class:`~vheat_mm.VHeat`."""
     if isinstance(arch, str):
         if arch not in ARCHS:
             raise ValueError(f'unknown arch {arch!r}, expected one of {sorted(ARCHS)} or a dict')
@@ -37,10 +37,10 @@ def read_arch(arch: str | Mapping) -> dict:
 
 
 def read_out_indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:
-    """Normalise output indices to ascending stages 0 .. 3."""
+    """Check output indices and return the stages, 0 to 3, in ascending order."""
     given = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
     if not given or not all(_is_int(i) and -NUM_STAGES <= i < NUM_STAGES for i in given):
-        raise ValueError(f'out_indices must name stages in {-NUM_STAGES} .. {NUM_STAGES - 1}, got {out_indices!r}')
+        raise ValueError(f'out_indices must be stages in {-NUM_STAGES} .. {NUM_STAGES - 1}, got {out_indices!r}')
     stages = sorted({i % NUM_STAGES for i in given})
     if len(stages) != len(given):
         raise ValueError(f'out_indices names a stage twice: {out_indices!r}')

@@ -12,14 +12,14 @@ from vheat_mm.ops.freq_embed import NUM_STAGES
 
 
 class VHeatClassifier(nn.Module):
-    """The published classifier: the last stage's map, normed, averaged over positions, through a linear layer.
+    """The published classifier: norm, global average pooling and a linear layer after the last stage.
 
     State-dict keys are those of MMPreTrain's ``ImageClassifier`` with this backbone (``backbone.``, ``head.fc.``), so
-    weights go both ways as they are.
+    each loads the other's weights.
 
     Args:
-        num_classes: Outputs of the linear layer; 0 for the averaged map itself.
-        arch: See :class:`~vheat_mm.VHeat`, as for all others.
+        num_classes: Outputs of the linear layer; with 0 the model returns the averaged map.
+        arch: See :class:`~vheat_mm.VHeat`, as for the others.
 
     Shapes:
         Image (B, in_channels, H, W) -> logits (B, num_classes), or with ``num_classes=0`` (B, 8C).
@@ -53,7 +53,7 @@ class VHeatClassifier(nn.Module):
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Put a new linear layer of ``num_classes`` outputs in place of the old; 0 for none."""
+        """Replace the linear layer by a new one of ``num_classes`` outputs; 0 removes it."""
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
             raise ValueError(f'num_classes must be a non-negative int, got {num_classes!r}')
         self.num_classes = num_classes
@@ -66,7 +66,7 @@ class VHeatClassifier(nn.Module):
             self.head['fc'] = layer
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Image (B, in_channels, H, W) -> normed last map (B, 8C, H / 32, W / 32)."""
+        """Image (B, in_channels, H, W) -> normalised last map (B, 8C, H / 32, W / 32), sides rounded up."""
         return self.backbone(x)[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,5 +76,5 @@ class VHeatClassifier(nn.Module):
 
     @property
     def feature_info(self) -> FeatureInfo:
-        """What :meth:`forward_features` gives."""
+        """Describes the output of :meth:`forward_features`."""
         return FeatureInfo(entry | dict(module=f'backbone.{entry["module"]}') for entry in self.backbone.feature_info)

@@ -1,4 +1,4 @@
-"""What a model's feature maps are, in timm's spelling, for code that builds a neck or a decoder on them."""
+"""Description of a model's feature maps as in timm, for code that builds a neck or a decoder on them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from typing import Any
 
 
 class FeatureInfo(list[dict[str, Any]]):
-    """One dict per feature map, shallow to deep: a list, as timm's backbones hold it, with the accessors of timm's
-    ``features_only`` models.
+    """One dict per feature map, shallow to deep, with the methods of timm's ``FeatureInfo``.
 
     Keys of a dict:
         num_chs: Channels.
         reduction: Stride in pixels: an image of H pixels gives a map of H / reduction, rounded up.
-        module: Name of the module that computes it in the model's ``named_modules()``; its own output is
+        module: Name of the module that computes it, in the model's ``named_modules()``; that module's output is
             (B, H, W, C).
         index: Stage, 0 to 3.
     """

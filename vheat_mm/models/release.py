@@ -1,7 +1,8 @@
-"""The reference release's spelling of the backbone, so that configs written for it run with ``custom_imports`` alone.
+"""``MMDET_VHEAT`` and ``MMSEG_VHEAT``: the backbone under the reference release's names and arguments.
 
-Those configs inherit the Swin baselines of mmdet and mmseg and merge into their backbone, so Swin's arguments arrive
-beside vHeat's. Exactly the arguments below are dropped, with a warning; anything else unknown is refused.
+Configs written for the release need ``custom_imports`` only. They inherit mmdet's and mmseg's Swin baselines and merge
+into their backbone, so they pass Swin's arguments too. Those listed below are dropped with a warning; any other unknown
+argument is an error.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from mmengine.registry import MODELS
 
 from vheat_mm.models.vheat import VHeat
 
-# What mmdet's and mmseg's Swin base configs pass; two of them (mlp_ratio, with_cp) mean the same to vHeat.
+# Passed by mmdet's and mmseg's Swin base configs. (Two more, mlp_ratio and with_cp, mean the same in vHeat.)
 _SWIN_ARGUMENTS = {
     *('embed_dims', 'num_heads', 'window_size', 'qkv_bias', 'qk_scale', 'drop_rate', 'attn_drop_rate', 'patch_norm'),
     *('convert_weights', 'pretrain_img_size', 'patch_size', 'strides', 'use_abs_pos_embed', 'act_cfg', 'norm_cfg'),
 }
-# The released tiny configs pass this beside Swin's ``drop_path_rate``, and the release too goes by the latter.
+# The released tiny configs pass this beside Swin's ``drop_path_rate``; the release uses the latter, too.
 _WITHOUT_EFFECT = {'drop_path'}
 
 
@@ -46,9 +47,9 @@ def _released_vheat(
         use_checkpoint: ``with_cp`` of :class:`VHeat`.
         pretrained: Path of a checkpoint, as in ``init_cfg=dict(type='Pretrained', checkpoint=pretrained)``.
         mlp_ratio: See :class:`VHeat`.
-        with_cp: Swin's spelling of ``use_checkpoint``; either turns it on.
-        init_cfg: MMEngine's; one that loads Swin weights came with the Swin base and is dropped.
-        others: Swin's remaining arguments, dropped; anything else is an error.
+        with_cp: Swin's name of ``use_checkpoint``; either turns it on.
+        init_cfg: MMEngine's; one that loads Swin weights belongs to the Swin base config and is dropped.
+        others: Swin's other arguments, which are dropped; any argument that is not Swin's is an error.
     """
     unknown = sorted(set(others) - _SWIN_ARGUMENTS - _WITHOUT_EFFECT)
     if unknown:
@@ -59,7 +60,7 @@ def _released_vheat(
         init_cfg = None
     if dropped:
         warnings.warn(
-            f'arguments of Swin, or without effect in the release, are not used by vHeat: {", ".join(dropped)}',
+            f'these arguments of Swin, or without effect in the release, are not used by vHeat: {", ".join(dropped)}',
             stacklevel=2,
         )
     if pretrained is not None:

@@ -1,17 +1,16 @@
-"""Bringing a checkpoint's frequency value embeddings to another image size: what interpolate4downstream.py runs."""
+"""Resizing a checkpoint's frequency value embeddings (FVEs) for another image size, for interpolate4downstream.py."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vheat_mm.checkpoint.io import read_checkpoint, save_atomically
-from vheat_mm.models.load_weights import describe_weights
-from vheat_mm.models.weights import MAX_GRID, StateDict, Weights, find_weights, freq_embed_grids
-from vheat_mm.ops.freq_embed import grid_sizes, resize_freq_embed
+from vheat_mm.checkpoint.io import StateDict, read_checkpoint, save_atomically
+from vheat_mm.models.find_weights import MAX_GRID, Weights, find_weights
+from vheat_mm.models.weights import Variant
+from vheat_mm.ops.freq_embed import NUM_STAGES, grid_sizes, resize_freq_embed
 from vheat_mm.utils.errors import CheckpointError
-from vheat_mm.utils.text import printable
+from vheat_mm.utils.text import first_line
 
 
 @dataclass
@@ -27,22 +26,22 @@ class Resized:
     grids: list[tuple[tuple[int, int], tuple[int, int]]]
 
     def table(self) -> str:
-        """What was done, for people."""
-        name = describe_weights(self.weights.backbone).get('arch')
-        lines = [f'{"vHeat-" + name if name else "a vHeat"} from {self.weights.path!r}, entry {self.weights.entry!r}']
+        """The old and new grids, as text."""
+        name = Variant.of(self.weights.backbone).name
+        lines = [f'{name} from {self.weights.path!r}, entry {self.weights.entry!r}']
         for i, (old, new) in enumerate(self.grids):
             lines.append(f'  freq_embed.{i}  {old[0]:4d} x {old[1]:<4d} -> {new[0]:4d} x {new[1]:<4d}')
         carried = len(self.weights.backbone) + len(self.weights.head) - len(self.grids)
-        lines.append(f'  {carried} other tensors as they are, {len(self.weights.head)} of them of heads')
+        lines.append(f'  {carried} other tensors unchanged, {len(self.weights.head)} of them of heads')
         return '\n'.join(lines)
 
     def released_keys(self) -> StateDict:
-        """The weights in the release's spelling, with the classifier where there is one."""
+        """The weights under the release's keys, with the classifier where there is one."""
         head = {key: value for key, value in self.weights.head.items() if key.startswith('head.fc.')}
         if not head:
             return dict(self.weights.backbone)
-        spelled = {key.replace('outnorm3.', 'classifier.0.', 1): value for key, value in self.weights.backbone.items()}
-        return spelled | {key.replace('head.fc.', 'classifier.3.', 1): value for key, value in head.items()}
+        renamed = {key.replace('outnorm3.', 'classifier.0.', 1): value for key, value in self.weights.backbone.items()}
+        return renamed | {key.replace('head.fc.', 'classifier.3.', 1): value for key, value in head.items()}
 
 
 def resize_checkpoint(
@@ -53,7 +52,7 @@ def resize_checkpoint(
     ema: bool = False,
     prefix: str | None = None,
 ) -> Resized:
-    """Read a checkpoint and bring its FVEs from one image size to another.
+    """Read a checkpoint and resize its FVEs from one image size to another.
 
     Args:
         path: Any checkpoint that :func:`~vheat_mm.checkpoint.read_checkpoint` reads.
@@ -61,16 +60,17 @@ def resize_checkpoint(
         target_size: Image size (height, width) wanted.
         mode: See :mod:`vheat_mm.ops.freq_embed`.
         ema: Take the moving average.
-        prefix: See :func:`~vheat_mm.models.weights.find_weights`.
+        prefix: See :func:`~vheat_mm.models.find_weights.find_weights`.
 
     Raises:
-        CheckpointError: Unreadable, no vHeat, re-parameterised, or of another grid than ``source_size`` gives; a target
-            beyond all memory.
+        CheckpointError: The file is unreadable, not a vHeat, re-parameterised, or of another grid than ``source_size``
+            gives; the target does not fit in memory.
     """
     if max(target_size) > 4 * MAX_GRID:
         raise CheckpointError(f'--tg_size {target_size[0]} {target_size[1]} is more than {4 * MAX_GRID} pixels a side')
     weights = find_weights(read_checkpoint(path), path, prefix, ema)
-    old = freq_embed_grids(weights.backbone)
+    keys = [f'freq_embed.{stage}' for stage in range(NUM_STAGES) if f'freq_embed.{stage}' in weights.backbone]
+    old = [(weights.backbone[key].shape[0], weights.backbone[key].shape[1]) for key in keys]
     if not old:
         raise CheckpointError(
             f'{path!r} holds no frequency value embeddings: it is re-parameterised for one resolution and cannot be '
@@ -89,19 +89,18 @@ def resize_checkpoint(
             f'--pt_size {source_size[0]}x{source_size[1]}: pass --pt_size {height} {width}'
         )
     new = grid_sizes(target_size)[: len(old)]
-    for i, grid in enumerate(new):
-        key = f'freq_embed.{i}'
+    for key, grid in zip(keys, new, strict=True):
         try:
             weights.backbone[key] = resize_freq_embed(weights.backbone[key], grid, mode)
         except RuntimeError as error:  # PyTorch's allocator
             raise CheckpointError(
-                f'{key} of {path!r} cannot be made {grid[0]}x{grid[1]}: {printable(error)}; choose a smaller --tg_size'
+                f'{key} of {path!r} cannot be made {grid[0]}x{grid[1]}: {first_line(error)}; choose a smaller --tg_size'
             ) from error
     return Resized(weights, list(zip(old, new, strict=True)))
 
 
 def check_target(source: str, target: str) -> None:
-    """Refuse to write over the input, under whatever name or link.
+    """Refuse to write over the input, also through another name or a link.
 
     Raises:
         CheckpointError: The target is the input.
@@ -112,10 +111,10 @@ def check_target(source: str, target: str) -> None:
 
 
 def write_resized(resized: Resized, target: str) -> None:
-    """Write tensors only, whole or not at all.
+    """Write the tensors atomically.
 
-    A torch file gets two spellings that share their storage: ``model`` with the release's keys and ``state_dict`` with
-    MMEngine's. A ``.safetensors`` file gets the first.
+    A torch file holds them under two sets of keys that share their storage: ``model`` with the release's keys and
+    ``state_dict`` with MMEngine's. A ``.safetensors`` file holds the first only.
 
     Raises:
         CheckpointError: The target is the input; it cannot be written.
@@ -125,8 +124,3 @@ def write_resized(resized: Resized, target: str) -> None:
         save_atomically(resized.released_keys(), target)
     else:
         save_atomically({'model': resized.released_keys(), 'state_dict': resized.weights.to_mmengine()}, target)
-
-
-def read_size(values: Sequence[int]) -> tuple[int, int]:
-    """One or two numbers of a command line as (height, width)."""
-    return (values[0], values[-1])

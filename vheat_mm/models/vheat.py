@@ -27,8 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from vheat_mm import ops
 from vheat_mm.models.arch import read_arch, read_out_indices
 from vheat_mm.models.feature_info import FeatureInfo
-from vheat_mm.models.load_weights import load_pretrained, resize_loaded_freq_embeds
 from vheat_mm.models.plain import declare, is_conv, may_fuse, why_not_plain
+from vheat_mm.models.weights import load_pretrained, resize_loaded_freq_embeds
 from vheat_mm.ops.autograd import compute_dtype, needs_gradient, without_autocast
 from vheat_mm.ops.decay_cache import DecayCache
 from vheat_mm.ops.eager import onednn
@@ -372,7 +372,7 @@ class VHeat(BaseModule):
         frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages with their output norms.
         with_cp: Recompute every block's activations in backward to save memory.
         init_cfg: MMEngine's. ``dict(type='Pretrained', checkpoint=...)`` goes through
-            :func:`vheat_mm.models.load_weights.load_pretrained` and takes its arguments (``prefix``, ``ema``, ``resize``).
+            :func:`vheat_mm.models.weights.load_pretrained` and takes its arguments (``prefix``, ``ema``, ``resize``).
 
     Shapes:
         Image (B, in_channels, H, W) -> tuple of maps (B, C 2^i, H / 2^(i+2), W / 2^(i+2)), sides rounded up,

@@ -1,182 +1,301 @@
-"""The vHeat backbone in a checkpoint: found, compared with a model, loaded."""
+"""Comparing the weights of a vHeat with a module's, and loading them."""
 
 from __future__ import annotations
 
-import logging
-import math
+import os
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-import torch
 from mmengine.logging import print_log
-from torch import Tensor
+from torch import Tensor, nn
 
-from vheat_mm.checkpoint.io import StateDict
-from vheat_mm.ops.freq_embed import NUM_STAGES
+from vheat_mm.checkpoint.io import StateDict, read_checkpoint
+from vheat_mm.models.arch import ARCHS
+from vheat_mm.models.find_weights import ANCHOR, Weights, find_weights
+from vheat_mm.ops.freq_embed import NUM_STAGES, resize_freq_embed
 from vheat_mm.utils.errors import CheckpointError
-from vheat_mm.utils.text import printable, some_of
+from vheat_mm.utils.text import format_shape, some_of
 
-ANCHOR = 'patch_embed.conv1.weight'  # present in every vHeat state dict, whatever the task
-
-
-_ANCHOR_KERNEL = (3, 3, 3)  # its shape but for the channels it makes, half the network's width
-
-
-MAX_GRID = 1 << 12  # entries a side of an FVE: images of 16384 pixels
+_FREQ_EMBED = re.compile(r'(?:.+\.)?freq_embed\.\d')
+_OUT_NORM = re.compile(r'(?:backbone\.)?outnorm\d\.')
+_STAGE = re.compile(r'(?:layers|freq_embed)\.(\d)(?:\.|$)')
+_DOWNSAMPLE = re.compile(r'layers\.\d\.\d+\.[01]\.(?:weight|bias)$')
 
 
-_MAX_WIDTH = 1 << 12
+class VariantError(CheckpointError):
+    """The checkpoint holds another variant of vHeat than the model.
 
+    Attributes:
+        arch: The checkpoint's variant, ``None`` if it is not a published one.
+    """
 
-# released key -> ours, inside the backbone; and released key -> mmpretrain's, outside of it
-_OUT_NORM_OF_CLASSIFIER = ('classifier.0.', 'outnorm3.')
-
-
-_HEAD_OF_CLASSIFIER = ('classifier.3.', 'head.fc.')
+    def __init__(self, message: str, arch: str | None = None) -> None:
+        super().__init__(message)
+        self.arch = arch
 
 
 @dataclass
-class Weights:
-    """Backbone and head weights found in a checkpoint.
+class Comparison:
+    """Differences between a state dict and the one of a module.
 
     Attributes:
-        path: Where they come from.
-        entry: The checkpoint's entry they were in, ``'file'`` for a bare state dict.
-        prefix: What stood before the backbone's keys.
-        backbone: Backbone weights under :class:`~vheat_mm.VHeat`'s keys.
-        head: All other weights of the entry, under MMEngine's keys (``head.fc.*`` for a classifier's linear layer) and
-            without what wraps the whole model (``module.`` before ``backbone.``).
+        state: The state dict to load.
+        own: The module's.
+        missing: Keys of the module that the state dict lacks.
+        left_over: Keys of the state dict that the module lacks, without those in ``unbuilt``.
+        unbuilt: Keys of stages that the module does not build because of ``out_indices``.
+        resized: FVEs of another grid, which are resized when they are loaded.
+        reshaped: All other tensors of another shape.
     """
 
-    path: str
-    entry: str
-    prefix: str
-    backbone: StateDict = field(default_factory=dict)
-    head: StateDict = field(default_factory=dict)
+    state: StateDict
+    own: StateDict
+    missing: list[str]
+    left_over: list[str]
+    unbuilt: list[str]
+    resized: list[str]
+    reshaped: list[str]
 
-    def to_mmengine(self) -> StateDict:
-        """The weights as an MMEngine model holds them: ``backbone.`` before the backbone's keys."""
-        return {f'backbone.{key}': value for key, value in self.backbone.items()} | self.head
+    def without(self, optional: Callable[[str], object]) -> Comparison:
+        """The same without missing and left over keys that are optional."""
+        missing, left_over = ([key for key in keys if not optional(key)] for keys in (self.missing, self.left_over))
+        return replace(self, missing=missing, left_over=left_over)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the state dict can be loaded as it is."""
+        return not (self.missing or self.left_over or self.reshaped)
+
+    @property
+    def num_loaded(self) -> int:
+        """Number of tensors that loading replaces."""
+        return len(self.own.keys() & self.state.keys()) - len(self.reshaped)
+
+    def __str__(self) -> str:
+        """The differences that prevent loading, for an error message."""
+        return (
+            f'missing: {some_of(self.missing)}; left over: {some_of(self.left_over)}; '
+            f'of another shape: {some_of(self._shapes(self.reshaped))}'
+        )
+
+    def report(self, mode: str = 'pad') -> str:
+        """What loading does, for the log; ``mode`` is how FVEs are resized."""
+        notes = {
+            f'resized, {mode}': self._shapes(self.resized, '->'),
+            'of another shape, not loaded': self._shapes(self.reshaped),
+            'missing, left as initialised': self.missing,
+            'of stages that are not built, dropped': self.unbuilt,
+            'not of this model, dropped': self.left_over,
+        }
+        lines = [f'{self.num_loaded} of {len(self.own)} tensors loaded']
+        lines += [f'  {note} ({len(keys)}): {some_of(keys)}' for note, keys in notes.items() if keys]
+        return '\n'.join(lines)
+
+    def _shapes(self, keys: list[str], relation: str = 'instead of') -> list[str]:
+        shapes = {key: (format_shape(self.state[key].shape), format_shape(self.own[key].shape)) for key in keys}
+        return [f'{key} {found} {relation} {own}' for key, (found, own) in shapes.items()]
 
 
-def find_weights(
-    checkpoint: dict[str, Any],
-    path: str = 'checkpoint',
-    prefix: str | None = None,
-    ema: bool = False,
-) -> Weights:
-    """Find the vHeat backbone in a checkpoint of any supported format.
+def compare(state: StateDict, own: StateDict, backbone: str | None = None) -> Comparison:
+    """Compare a state dict with the one of the module that is to load it.
 
     Args:
-        checkpoint: What :func:`read_checkpoint` returns.
-        path: Named in errors.
-        prefix: What stands before the backbone's keys, where a file holds several backbones.
-        ema: Take the exponential moving average. (In MMEngine's files ``state_dict`` holds it already.)
+        state: The state dict to load.
+        own: The module's.
+        backbone: Prefix of a vHeat of which ``state`` may hold more stages than the module has; ``None`` for none.
+    """
+    only_there = [key for key in state if key not in own]
+    unbuilt = {} if backbone is None else _unbuilt(only_there, own, backbone)
+    differ = [key for key in own if key in state and state[key].shape != own[key].shape]
+    resized = [key for key in differ if _is_other_grid(key, state[key], own[key])]
+    return Comparison(
+        state=state,
+        own=own,
+        missing=[key for key in own if key not in state],
+        left_over=[key for key in only_there if key not in unbuilt],
+        unbuilt=list(unbuilt),
+        resized=resized,
+        reshaped=[key for key in differ if key not in resized],
+    )
+
+
+def _is_other_grid(key: str, value: Tensor, own: Tensor) -> bool:
+    return _FREQ_EMBED.fullmatch(key) is not None and value.ndim == own.ndim == 3 and value.shape[2] == own.shape[2]
+
+
+def _unbuilt(keys: list[str], own: StateDict, prefix: str) -> dict[str, None]:
+    """The keys, in order, of the stages after the last one that a vHeat has, and of the downsampling to them."""
+    stages = [_STAGE.match(key.removeprefix(prefix)) for key in own if key.startswith(prefix)]
+    last = max((int(stage.group(1)) for stage in stages if stage), default=NUM_STAGES - 1)
+
+    def is_unbuilt(key: str) -> bool:
+        stage = _STAGE.match(key)
+        return stage is not None and int(stage.group(1)) >= (last if _DOWNSAMPLE.match(key) else last + 1)
+
+    if last == NUM_STAGES - 1:
+        return {}
+    return dict.fromkeys(key for key in keys if key.startswith(prefix) and is_unbuilt(key.removeprefix(prefix)))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The part of ``arch`` (see :class:`~vheat_mm.VHeat`) that can be read from a backbone's weights."""
+
+    embed_dims: int
+    depths: tuple[int, ...]
+    layer_scale: bool
+    deployed: bool
+
+    @classmethod
+    def of(cls, backbone: StateDict) -> Variant:
+        """Read it from the keys and shapes of a backbone's state dict."""
+        depths: dict[int, int] = {}
+        for key in backbone:
+            if found := re.match(r'layers\.(\d)\.(\d+)\.op\.dwconv\.weight$', key):
+                stage, block = int(found.group(1)), int(found.group(2))
+                depths[stage] = max(depths.get(stage, 0), block + 1)
+        stem = backbone.get('patch_embed.conv2.weight')  # may be missing: compare() reports that by its key
+        return cls(
+            embed_dims=2 * backbone[ANCHOR].shape[0] if stem is None else stem.shape[0],
+            depths=tuple(depths[stage] for stage in sorted(depths)),
+            layer_scale='layers.0.0.gamma1' in backbone,
+            deployed='layers.0.0.op.k_exp' in backbone,
+        )
+
+    @property
+    def arch(self) -> str | None:
+        """Name of the published variant that has these stages."""
+        for name, arch in ARCHS.items():
+            published = arch['embed_dims'], arch['layer_scale'] is not None, tuple(arch['depths'])[: len(self.depths)]
+            if self.depths and published == (self.embed_dims, self.layer_scale, self.depths):
+                return name
+        return None
+
+    @property
+    def name(self) -> str:
+        """``'vHeat-tiny'``, or ``'a vHeat'`` if it is not a published variant."""
+        return f'vHeat-{self.arch}' if self.arch else 'a vHeat'
+
+    def __str__(self) -> str:
+        scale = 'layer scale' if self.layer_scale else 'no layer scale'
+        return f'{self.name} with embed_dims={self.embed_dims}, depths={self.depths}, {scale}'
+
+
+def check_fit(state: StateDict, own: StateDict, path: str, finetune: bool) -> str:
+    """Check the weights of a whole model, of which those of the backbone start with ``backbone.``.
+
+    Args:
+        state: The checkpoint's weights.
+        own: The model's state dict.
+        path: Named in messages.
+        finetune: Whether heads and output norms may differ.
+
+    Returns:
+        What loading will do, for the log.
 
     Raises:
-        CheckpointError: No or several vHeat backbones; ``ema`` asked of a file without one; FVEs that are no grid;
-            weights that are no plain floating-point numbers.
+        CheckpointError: Weights would be left out.
     """
-    entry, state = _select_entry(checkpoint, path, ema)
-    prefixes = sorted(key.removesuffix(ANCHOR) for key in state if key.endswith(ANCHOR))
-    if prefix is not None:
-        prefix = prefix if not prefix or prefix.endswith('.') else f'{prefix}.'
-        prefixes = [p for p in prefixes if p == prefix]
-    if len(prefixes) > 1:
+
+    def is_counter(key: str) -> bool:
+        return key.endswith('num_batches_tracked')
+
+    found = wrong = compare(state, own, 'backbone.').without(is_counter)
+    if finetune:
+        backbone = compare(_backbone_of(state), _backbone_of(own), 'backbone.')
+        wrong = backbone.without(lambda key: is_counter(key) or _OUT_NORM.match(key))
+    if not wrong.fits or not found.num_loaded:
         raise CheckpointError(
-            f'{path!r} holds several vHeat backbones, under {some_of(prefixes)}: choose one with prefix=...'
+            f'{path!r} does not fit the model{_describe_variants(state, own)}; {wrong}. '
+            'Take the config that the checkpoint was trained with, or a checkpoint of this config.'
         )
-    if not prefixes:
-        wanted = f'{prefix or ""}{ANCHOR}'
-        raise CheckpointError(
-            f'{path!r} holds no vHeat backbone: none of the {len(state)} keys in its entry {entry!r} '
-            f'{"is" if prefix else "ends in"} {wanted!r}; the first are {some_of(list(state), 3)}'
-        )
-    weights = Weights(path=path, entry=entry, prefix=prefixes[0])
-    wrapper = re.sub(r'(?<![^.])(backbone\.)?(_orig_mod\.)?$', '', weights.prefix)
-    for key, value in state.items():
-        inner = key.removeprefix(weights.prefix)
-        if weights.prefix and inner == key:
-            weights.head[key.removeprefix(wrapper)] = value
-        elif inner.startswith(_HEAD_OF_CLASSIFIER[0]):
-            weights.head[inner.replace(*_HEAD_OF_CLASSIFIER, 1)] = value
-        else:
-            weights.backbone[inner.replace(*_OUT_NORM_OF_CLASSIFIER, 1)] = value
-    _check_values(weights)
+    return f'Weights from {path!r}: {found.report()}'
+
+
+def _backbone_of(state: StateDict) -> StateDict:
+    return {key: value for key, value in state.items() if key.startswith('backbone.')}
+
+
+def _describe_variants(state: StateDict, own: StateDict) -> str:
+    """``': it holds vHeat-small ..., the model is vHeat-tiny ...'`` where both are a vHeat, and different."""
+    backbones = [{key.removeprefix('backbone.'): value for key, value in _backbone_of(s).items()} for s in (state, own)]
+    if not all(ANCHOR in backbone for backbone in backbones):
+        return ''
+    found, expected = map(Variant.of, backbones)
+    return f': it holds {found}, the model is {expected}' if found != expected else ''
+
+
+def load_pretrained(
+    model: nn.Module,
+    checkpoint: str | os.PathLike,
+    prefix: str | None = None,
+    map_location: str = 'cpu',
+    ema: bool = False,
+    resize: str = 'pad',
+) -> Weights:
+    """Load backbone weights from a file, with FVEs of another grid resized, and log what was done.
+
+    This is what ``init_cfg=dict(type='Pretrained', checkpoint=...)`` of :class:`~vheat_mm.VHeat` runs. Everything
+    is checked before the first weight is written.
+
+    Args:
+        model: A :class:`~vheat_mm.VHeat`.
+        checkpoint: Path or URL; see :func:`~vheat_mm.checkpoint.read_checkpoint`.
+        prefix: See :func:`find_weights`; ``None`` finds it.
+        map_location: Only ``'cpu'``, MMEngine's default; weights are copied to the model's device.
+        ema: See :func:`find_weights`.
+        resize: How FVEs are resized to the model's grid: see :mod:`vheat_mm.ops.freq_embed`.
+
+    Returns:
+        What was found in the file.
+
+    Raises:
+        CheckpointError: Anything but output norms is missing, anything but a head is left over, or a shape differs.
+    """
+    if map_location != 'cpu':
+        raise ValueError(f"map_location must be 'cpu', got {map_location!r}: weights are copied to the model's device")
+    path = os.fspath(checkpoint)
+    weights = find_weights(read_checkpoint(path), path, prefix, ema)
+    own = model.state_dict()
+    variant = _check_variant(weights, own)
+    found = compare(weights.backbone, own, backbone='')
+    wrong = found.without(_OUT_NORM.match)
+    if not wrong.fits:
+        raise CheckpointError(f'{path!r} does not fit this model, {variant}; {wrong}. Nothing was loaded.')
+    state = {key: value for key, value in weights.backbone.items() if key in own}
+    for key in found.resized:
+        state[key] = resize_freq_embed(state[key], (own[key].shape[0], own[key].shape[1]), mode=resize)
+    model.load_state_dict(state, strict=False)
+    found.left_over += weights.head
+    print_log(
+        f'Weights of {variant.name} from {path!r}, entry {weights.entry!r}: {found.report(resize)}', logger='current'
+    )
     return weights
 
 
-def _check_values(weights: Weights) -> None:
-    """Refuse what would be converted in silence or resized without end, and report what is no number."""
-    path, width = weights.path, 2 * weights.backbone[ANCHOR].numel() // math.prod(_ANCHOR_KERNEL)
-    if width > _MAX_WIDTH:
-        raise CheckpointError(f'{path!r} is damaged: {ANCHOR} makes the network {width} channels wide')
-    for key, value in weights.backbone.items():
-        if not value.is_floating_point():
-            raise CheckpointError(
-                f'{path!r} is damaged, or no vHeat: {printable(key)} holds {value.dtype}, and weights are '
-                'floating-point numbers'
-            )
-        stage = re.match(r'freq_embed\.(\d)$', key)
-        if stage is None:
+def resize_loaded_freq_embeds(model: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
+    """Load hook of :class:`~vheat_mm.VHeat`: pad or crop FVEs of another grid, and log it."""
+    for name, own in model.named_parameters():
+        key = f'{prefix}{name}'
+        value = state_dict.get(key)
+        if value is None or value.shape == own.shape or not _is_other_grid(name, value, own):
             continue
-        if value.ndim != 3 or not value.numel():
-            raise CheckpointError(f'{path!r} is damaged: {key} has shape {tuple(value.shape)} instead of (H, W, C)')
-        if max(value.shape[:2]) > MAX_GRID or value.shape[2] != width << int(stage.group(1)):
-            raise CheckpointError(
-                f'{path!r} is damaged: {key} has shape {tuple(value.shape)}, and a network {width} channels wide has '
-                f'(H, W, {width << int(stage.group(1))}) there, with grids of at most {MAX_GRID}'
-            )
-    broken = [key for key, value in weights.backbone.items() if not _is_finite(value)]
-    if broken:
-        print_log(f'{path!r} holds NaN or infinity in {some_of(broken)}', logger='current', level=logging.WARNING)
+        state_dict[key] = resize_freq_embed(value, (own.shape[0], own.shape[1]), mode='pad')
+        print_log(f'{key}: resized (pad) {format_shape(value.shape)} -> {format_shape(own.shape)}', logger='current')
 
 
-def _is_finite(value: Tensor) -> bool:
-    if value.is_meta or value.layout != torch.strided:  # of a caller's own making; files hold none
-        return True
-    for dim, stride in enumerate(value.stride()):
-        if stride == 0:  # one number for all: reading it once will do
-            value = value.narrow(dim, 0, min(1, value.shape[dim]))
-    if value.numel() == 0 or value.dtype.itemsize == 1:  # PyTorch finds no extremes of 8-bit floats
-        return True
-    return all(math.isfinite(extreme) for extreme in torch.stack(torch.aminmax(value)).tolist())
-
-
-def to_mmengine(checkpoint: dict[str, Any], path: str = 'checkpoint') -> StateDict:
-    """State dict of any supported checkpoint in MMEngine's spelling; MMEngine's own passes through unchanged."""
-    state = checkpoint.get('state_dict')
-    if isinstance(state, dict) and any(str(key).endswith(f'backbone.{ANCHOR}') for key in state):
-        return state
-    return find_weights(checkpoint, path).to_mmengine()
-
-
-def freq_embed_grids(backbone: StateDict) -> list[tuple[int, int]]:
-    """Grids (H, W) of the FVEs in a backbone's weights, stage by stage."""
-    return [
-        (value.shape[0], value.shape[1])
-        for i in range(NUM_STAGES)
-        if (value := backbone.get(f'freq_embed.{i}')) is not None
-    ]
-
-
-def _select_entry(checkpoint: dict[str, Any], path: str, ema: bool) -> tuple[str, StateDict]:
-    plain = [name for name in ('model', 'state_dict') if isinstance(checkpoint.get(name), dict)]
-    averaged = [name for name in ('model_ema', 'state_dict_ema') if isinstance(checkpoint.get(name), dict)]
-    if 'ema_state_dict' in checkpoint and 'state_dict' in plain:
-        averaged.append('state_dict')  # MMEngine's EMAHook saves the average there, the raw weights as ema_state_dict
-    if ema and not averaged:
+def _check_variant(weights: Weights, own: StateDict) -> Variant:
+    """Refuse a checkpoint of another variant than the model's, which is returned."""
+    found, expected = Variant.of(weights.backbone), Variant.of(own)
+    if found.deployed != expected.deployed:
         raise CheckpointError(
-            f'{path!r} holds no moving average of the weights; its entries are {some_of(list(checkpoint))}. Drop ema.'
+            f'{weights.path!r} is re-parameterised and the model is not: call switch_to_deploy() on it before loading'
+            if found.deployed
+            else f'{weights.path!r} is not re-parameterised and the model is: load before calling switch_to_deploy()'
         )
-    if averaged and not ema and not plain:
-        raise CheckpointError(f'{path!r} holds a moving average only ({averaged[0]!r}): ask for it with ema=True')
-    names = averaged if ema else plain
-    entry, state = (names[0], checkpoint[names[0]]) if names else ('file', checkpoint)
-    found = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    if wrong := [key for key in found if not isinstance(key, str)]:
-        raise CheckpointError(
-            f'{path!r} is no checkpoint of a model: its tensors are called {wrong[0]!r}, not by names'
-        )
-    return entry, found
+    same_stages = found.depths[: len(expected.depths)] == expected.depths
+    if (found.embed_dims, found.layer_scale) != (expected.embed_dims, expected.layer_scale) or not same_stages:
+        remedy = f"set arch={found.arch!r}, or take this model's checkpoint" if found.arch else 'set arch to match'
+        raise VariantError(f'{weights.path!r} holds {found}, but the model is {expected}: {remedy}', found.arch)
+    return expected

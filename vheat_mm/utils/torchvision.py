@@ -1,4 +1,4 @@
-"""torchvision beside a PyTorch build that its compiled operators do not match."""
+"""torchvision whose compiled operators do not match the PyTorch build."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from types import ModuleType
 
 import torch
 
-_torchvision_schemas = None  # keeps the declared schemas alive for the life of the process
+_torchvision_schemas = None  # a reference keeps the declared schemas registered
 
 
 def ensure_torchvision() -> ModuleType | None:
     """Import torchvision, also where its compiled operators do not match this PyTorch build.
 
-    mmpretrain imports torchvision for its Python parts only. A torchvision built for CUDA fails to import beside a
-    CPU-only PyTorch with "operator torchvision::nms does not exist"; declaring the two missing schemas is enough
-    for everything mmpretrain uses. A matching torchvision is left untouched.
+    mmpretrain uses only Python parts of torchvision. With a CPU-only PyTorch, importing a torchvision built for CUDA
+    fails with "operator torchvision::nms does not exist"; declaring the two missing schemas is enough for all that
+    mmpretrain uses. A matching torchvision is imported without changes.
 
     Returns:
-        The torchvision module, or ``None`` where it is not installed.
+        The torchvision module, or ``None`` if it is not installed.
     """
     global _torchvision_schemas
     try:

@@ -16,7 +16,7 @@ from vheat_mm.checkpoint.resume import LAST, find_newest, stale_parts
 from vheat_mm.engine.fileio import AtomicLocalBackend
 from vheat_mm.engine.hooks.accumulation import COLLECT
 from vheat_mm.engine.hooks.log_guard import outlive_full_disk
-from vheat_mm.utils.dist import anywhere
+from vheat_mm.utils.dist import any_rank
 from vheat_mm.utils.errors import CheckpointError
 
 INTERRUPTED = 'interrupted.pth'  # overwritten by each interruption, so that they do not pile up
@@ -75,7 +75,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def after_train(self, runner: Runner) -> None:
         """Try once more to save what could not be saved at the end. Raises OSError where it fails again."""
-        if self.save_last and anywhere(self._failed is not None):
+        if self.save_last and any_rank(self._failed is not None):
             runner.logger.warning('the last checkpoint could not be written: trying once more')
             meta = dict(epoch=runner.epoch, iter=runner.iter)
             step = runner.epoch if self.by_epoch else runner.iter

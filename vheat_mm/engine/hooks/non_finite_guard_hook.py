@@ -15,7 +15,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from vheat_mm.utils.dist import anywhere, unwrap
+from vheat_mm.utils.dist import any_rank, unwrap
 from vheat_mm.utils.errors import NonFiniteError
 from vheat_mm.utils.text import some_of
 
@@ -254,7 +254,7 @@ class _Guard:
     def _is_finite(self) -> bool:
         gradients = [gradient for _, gradient in self._gradients()]
         finite = are_finite(gradients)
-        return not anywhere(not finite) if self._sharded else finite
+        return not any_rank(not finite) if self._sharded else finite
 
 
 @dataclass

@@ -17,7 +17,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 
 from vheat_mm.engine.hooks.atomic_checkpoint_hook import AtomicCheckpointHook
 from vheat_mm.engine.runner.data_loading import WorkerInit, train_loader
-from vheat_mm.utils.dist import anywhere
+from vheat_mm.utils.dist import any_rank
 from vheat_mm.utils.errors import StopRequested
 
 STOP_NOTE = 'VHEAT_STOP_NOTE'  # a file that tells the launcher on this machine how the run ended
@@ -65,7 +65,7 @@ class StopSignalHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         """End here, if any process was told to."""
-        if self._previous and anywhere(self._received is not None):
+        if self._previous and any_rank(self._received is not None):
             self._save(runner, runner.iter + 1)
             if not _validates_now(runner):  # else it ends afterwards
                 self._stop(runner, runner.iter + 1)
@@ -82,7 +82,7 @@ class StopSignalHook(Hook):
 
     def after_val(self, runner: Runner) -> None:
         """End after the validation, if any process was told to."""
-        if self._previous and anywhere(self._received is not None):
+        if self._previous and any_rank(self._received is not None):
             self._save(runner, runner.iter)
             self._stop(runner, runner.iter)
 
