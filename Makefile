@@ -17,13 +17,13 @@ help: ## this list
 	@echo '  variables: PYTHON (default python3), VENV (default .venv), OUT (default demo_out)'
 
 setup: ## environment in VENV, mmcv compiled once into a cached wheel
-	@tools/misc/setup_env.sh "$(VENV)"
+	@.dev_scripts/setup_env.sh "$(VENV)"
 
 demo: setup ## train, test and paint a small vHeat Mask R-CNN from scratch
-	@$(RUN) tools/misc/demo.py detection --out "$(or $(OUT),demo_out)"
+	@$(RUN) demo/demo.py detection --out "$(or $(OUT),demo_out)"
 
 demo-seg: setup ## the same for a small vHeat UPerNet
-	@$(RUN) tools/misc/demo.py segmentation --out "$(or $(OUT),demo_out)"
+	@$(RUN) demo/demo.py segmentation --out "$(or $(OUT),demo_out)"
 
 test: setup ## all tests
 	@$(RUN) -m pytest
@@ -35,7 +35,7 @@ lint: setup ## ruff, mypy, README's tables of models
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
-	@$(RUN) tools/misc/update_model_tables.py --check
+	@$(RUN) .dev_scripts/update_model_tables.py --check
 
 format: setup ## let ruff rewrite what it can
 	@$(RUN) -m ruff check --fix .

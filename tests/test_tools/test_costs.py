@@ -20,6 +20,7 @@ REPO = Path(__file__).resolve().parents[2]
 def tools(own_scope, monkeypatch):
     """The tools import each other as they do when run."""
     monkeypatch.syspath_prepend(str(REPO / 'tools' / 'analysis_tools'))
+    monkeypatch.syspath_prepend(str(REPO / '.dev_scripts'))
     init_default_scope('mmpretrain')
 
 

@@ -59,7 +59,7 @@ VERSIONS = {
     'mmseg': Versions('1.1.0', '1.3.0', '1.2.2'),
     'mmpretrain': Versions('1.1.0', '1.3.0', '1.2.0'),
 }
-BUILD_MMCV = 'compile it for this torch: tools/misc/build_mmcv.sh (or `pip install mmcv==2.1.0 \
+BUILD_MMCV = 'compile it for this torch: .dev_scripts/build_mmcv.sh (or `pip install mmcv==2.1.0 \
 --no-build-isolation --no-binary mmcv`)'
 
 

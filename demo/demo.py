@@ -1,6 +1,6 @@
 """The main job on a small data set of real pixels: train, test, paint, report.
 
-    python tools/misc/demo.py {detection,segmentation} [--out demo_out]
+    python demo/demo.py {detection,segmentation} [--out demo_out]
 
 Makes the data, trains from scratch with tools/dist_train.sh, tests with tools/dist_test.sh, and
 leaves painted predictions and curves below --out. Exits with 1 where training, testing or the
@@ -23,7 +23,7 @@ from pathlib import Path
 from make_demo_data import DemoDataError, make_demo_data
 from PIL import Image
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[1]
 KEY_LABELS = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
 MARKER = '.vheat_mm-demo'  # in each run folder we made, and may hence replace
 

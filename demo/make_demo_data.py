@@ -7,7 +7,7 @@ mask is exact, hidden parts included.
 
 Train and val share no pixel: val has its own six coins and its own half of each texture.
 
-    python tools/misc/make_demo_data.py --out data/coins
+    python demo/make_demo_data.py --out data/coins
 
     data/coins/coco/  annotations/instances_{train,val}.json  train/  val/
     data/coins/ade/   annotations/{training,validation}/  images/{training,validation}/
