@@ -26,9 +26,10 @@ import matplotlib.pyplot as plt
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO / 'demo'), str(REPO / 'tools' / 'visualization')]
 
-from demo import DemoError, fresh_folder, run_logged  # noqa: E402
 from make_demo_data import make_demo_data  # noqa: E402
 from plot_curves import collect, read_records  # noqa: E402
+
+from demo import DemoError, fresh_folder, run_logged  # noqa: E402
 
 MODELS = dict(vheat='vHeat', swin='Swin')
 COLORS = dict(vheat='tab:red', swin='tab:blue')

@@ -41,8 +41,9 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO / 'demo'), str(REPO / 'tools' / 'analysis_tools')]
 
 from benchmark_measure import resident  # noqa: E402
-from demo import child_environment, fresh_folder  # noqa: E402
 from make_demo_data import make_demo_data  # noqa: E402
+
+from demo import child_environment, fresh_folder  # noqa: E402
 
 TRAINS = b'Checkpoints will be saved'  # what MMEngine logs before the first iteration
 SHORT = [

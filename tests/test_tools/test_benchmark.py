@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vheat_mm.ops import registry as kernels
 from vheat_mm.ops.eager import spectral
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools' / 'analysis_tools'
@@ -138,25 +137,25 @@ def test_run_and_page(tmp_path, capsys):
     assert page.read_text() == text
 
 
-def test_flops_of_mirrored_maps(monkeypatch, make_vheat):
-    """What transforms in halves leave out of the reference form's count: half of it, less where a side is odd."""
+def test_flops_of_the_even_odd_split(monkeypatch, make_vheat):
+    """The split saves half of the transforms' FLOPs, less where a side is odd."""
     from benchmark import roofline
-    from benchmark_models import mirrored_flops
+    from benchmark_models import even_odd_flops, use_backend
 
     model = make_vheat()
     monkeypatch.setattr(spectral, 'MIRROR_FROM', {torch.float32: 32})  # the first stage of 64 x 64 pixels alone
     dim, depth = model.num_features[0], model.depths[0]
-    assert mirrored_flops(model, 3, (64, 64), torch.float32) == 3 * depth * 2 * (16 + 16) * 16 * 16 * dim
-    assert mirrored_flops(model, 1, (60, 68), torch.float32) == depth * 4 * (112 * 17 + 144 * 15) * dim
-    assert mirrored_flops(model, 1, (60, 64), torch.float32) == 0
+    assert even_odd_flops(model, 3, (64, 64), torch.float32) == 3 * depth * 2 * (16 + 16) * 16 * 16 * dim
+    assert even_odd_flops(model, 1, (60, 68), torch.float32) == depth * 4 * (112 * 17 + 144 * 15) * dim
+    assert even_odd_flops(model, 1, (60, 64), torch.float32) == 0
     model.eval()
     flops, limits = {}, dict(flop_per_s=1.0, bytes_per_s=1.0)
-    for form in ('fast', 'reference'):
-        with kernels.use(form):
-            flops[form] = roofline(model, torch.rand(1, 3, 64, 64), 1.0, limits, 'fp32')['flops']
+    for backend in ('fast', 'reference'):
+        with use_backend(backend):
+            flops[backend] = roofline(model, torch.rand(1, 3, 64, 64), 1.0, limits, 'fp32')['flops']
     assert flops['reference'] - flops['fast'] == depth * 2 * (16 + 16) * 16 * 16 * dim
     model.decay_cache.clear()
-    with torch.no_grad(), FlopCounterMode(display=False) as first, kernels.use('reference'):
+    with torch.no_grad(), FlopCounterMode(display=False) as first, use_backend('reference'):
         model(torch.rand(1, 3, 64, 64))
     assert flops['reference'] < first.get_total_flops()  # decays are not computed at every image
 

@@ -1,4 +1,4 @@
-"""What benchmark.py leaves behind: table, JSON, CSV, picture and the page docs/performance.md."""
+"""Output of benchmark.py: table, JSON, CSV, picture and the page docs/performance.md."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 from benchmark_measure import fitted_exponent
-from benchmark_models import WINDOW_RULES
+from benchmark_models import WINDOW_RULES, get_backend
 from rich.console import Console
 from rich.table import Table
 
 from vheat_mm import __version__
 from vheat_mm.checkpoint.io import atomic_file
-from vheat_mm.ops import registry as kernels
 
 PACKAGES = ('torch', 'triton', 'mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'numpy')
 COLORS = {
@@ -56,7 +55,7 @@ def describe_run(args: argparse.Namespace, command: str) -> Run:
         tf32=args.tf32,
         memory_layout='images (B, C, H, W) contiguous; inside, each model its own',
         compile=args.compile,
-        kernels=kernels.form(),
+        kernels=get_backend(),
         arch=args.arch,
         window_rules={name: rule for name, rule in WINDOW_RULES.items() if name in args.models},
         rounds=dict(repeats=args.repeats, warmup=args.warmup, min_time=args.min_time),
@@ -240,10 +239,10 @@ def write_page(page: str, results: list[str]) -> None:
         'table, not between tables. `vheat-reference` has the same weights under `VHEAT_KERNELS=reference`. '
         '"over swin" is the time divided by that of mmdet\'s Swin (window 7) in the same rounds; peak memory is the '
         "device's on CUDA and the growth of the process on the CPU; saved memory is what autograd keeps for backward. "
-        '"GFLOP/img": what products and convolutions of an image take, two a multiply-add; fewer in the fast form '
-        'where large maps are transformed in mirrored halves (`vheat_mm/ops/eager/mirrored.py`). "of roofline": the '
-        'time that these take at the rate of a large matrix product (or its traffic at that of a copy, if longer), the best '
-        'measured in the same run, divided by the time taken.',
+        '"GFLOP/img": products and convolutions per image, two FLOPs per multiply-add; fewer with the CPU kernels, '
+        'which split the DCT of large maps into even and odd parts. "of roofline": the time for this work at the rate '
+        'of a large matrix product (or for the memory traffic at the rate of a copy, if longer), the best measured in '
+        'the same run, divided by the time taken.',
     ]
     for kind, title in (('cpu', 'On a CPU'), ('cuda', 'On a GPU')):
         parts.append(f'## {title}')
