@@ -195,12 +195,12 @@ def test_page_on_another_size(tmp_path):
     assert cfg.model.neck.in_channels == [128, 256, 512, 1024]
 
 
-# --- half-frozen fine-tuning
+# --- partly frozen backbone
 
 
 @pytest.mark.parametrize('name', TASKS)
-def test_frozen_half(name):
-    cfg = load_with(name, 'Half-frozen fine-tuning')
+def test_partly_frozen_backbone(name):
+    cfg = load_with(name, 'Partly frozen backbone')
     model = build(cfg)
     optim = build_optim_wrapper(model, cfg.optim_wrapper)
     before = {key: value.clone() for key, value in model.named_parameters()}
