@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vheat_mm import VHeat
 from vheat_mm.ops.eager import spectral
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools' / 'analysis_tools'
@@ -100,11 +102,15 @@ def test_options_win_over_presets():
     assert args.batches == {None: 2, (64, 96): 3}
 
 
-def test_run_and_page(tmp_path, capsys):
-    """vHeat at 32 and 64 pixels, forward and training, to a page."""
+def test_run_and_page(tmp_path, capsys, monkeypatch):
+    """A narrow vHeat at 32 and 64 pixels, forward and training, to a page."""
     import benchmark
+    import benchmark_models
     from benchmark_report import exponents
 
+    arch = dict(embed_dims=8, depths=(1, 1, 1, 1))
+    monkeypatch.setattr(benchmark_models, 'VHeat', lambda _, img_size: VHeat(arch, img_size=img_size))
+    monkeypatch.setattr(benchmark, 'machine_limits', cache(benchmark.machine_limits))  # measured once, not in each case
     out = tmp_path / 'first'
     argv = ['--models', 'vheat', 'vheat-reference', '--sizes', '32', '64', '32x64', '--modes', 'forward', 'train']
     assert benchmark.main([*argv, '--repeats', '2', '--warmup', '1', '--roofline', '--out-dir', str(out)]) == 0
