@@ -20,7 +20,9 @@ TOOLS = Path(__file__).resolve().parents[2] / 'tools' / 'analysis_tools'
 @pytest.fixture(scope='module', autouse=True)
 def importable():
     sys.path.insert(0, str(TOOLS))
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     sys.path.remove(str(TOOLS))
 
 
@@ -113,10 +115,12 @@ def test_run_and_page(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, 'machine_limits', cache(benchmark.machine_limits))  # measured once, not in each case
     out = tmp_path / 'first'
     argv = ['--models', 'vheat', 'vheat-reference', '--sizes', '32', '64', '32x64', '--modes', 'forward', 'train']
+    argv += ['--threads', '1']
     assert benchmark.main([*argv, '--repeats', '2', '--warmup', '1', '--roofline', '--out-dir', str(out)]) == 0
     assert 'over reference' in capsys.readouterr().out
     run = json.loads((out / 'benchmark.json').read_text())
     assert len(run['cases']) == 6
+    assert run['threads'] == 1
     assert run['command'].endswith(f'--out-dir {out}')
     forward, train = run['cases'][0]['models'], run['cases'][3]['models']
     assert len(forward['vheat']['samples']) == 2
