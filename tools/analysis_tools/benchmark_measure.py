@@ -176,10 +176,10 @@ def saved_bytes(model: nn.Module, function: Callable[[], object]) -> int:
 
 
 def release() -> None:
-    """Give back what is not in use, so that one model's leftovers are not the next one's shortage."""
+    """Free unused memory, so that one model's measurement does not depend on the model before."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory, in which a later peak would not show
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory: a later peak within it would not be seen
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -36,7 +36,7 @@ Run = dict[str, Any]
 
 
 def describe_run(args: argparse.Namespace, command: str) -> Run:
-    """Everything that a reader needs to judge or repeat the figures; ``cases`` is filled while measuring."""
+    """Versions, machine and settings of a run; ``cases`` is filled while measuring."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -105,7 +105,7 @@ def rows(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def _best_limits(run: Run) -> dict[str, dict[str, float]]:
-    """The most that the machine did in any case of a type: others may have slowed it down in one of them."""
+    """Highest rates per type over all cases: other processes may have slowed the machine down in some."""
     best: dict[str, dict[str, float]] = {}
     for case in run['cases']:
         of_type = best.setdefault(case['dtype'], dict(flop_per_s=0.0, bytes_per_s=0.0))
@@ -173,7 +173,7 @@ def print_table(run: Run) -> None:
 
 
 def write_results(folder: Path, run: Run) -> None:
-    """Write benchmark.json, benchmark.csv and benchmark.png, each whole or not at all."""
+    """Write benchmark.json, benchmark.csv and benchmark.png, each atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / 'benchmark.json') as file:
         file.write(json.dumps(run, indent=1).encode())
@@ -227,7 +227,7 @@ def write_page(page: str, results: list[str]) -> None:
     """Write the page of figures from result files; a picture beside a result is copied beside the page.
 
     Raises:
-        SystemExit: A result file is missing or none of ours.
+        SystemExit: A result file is missing, or was not written by this tool.
     """
     target = Path(page)
     runs = [(Path(path), _read(path)) for path in results]
