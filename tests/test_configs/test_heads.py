@@ -58,15 +58,6 @@ TASKS = (DETECTOR, SEGMENTOR, CLASSIFIER)
 pytestmark = pytest.mark.usefixtures('own_scope', 'one_thread')
 
 
-@pytest.fixture
-def one_thread():
-    """Models of width 8 gain nothing from a second thread, and lose much where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- heads
 
 

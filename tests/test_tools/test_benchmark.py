@@ -20,9 +20,7 @@ TOOLS = Path(__file__).resolve().parents[2] / 'tools' / 'analysis_tools'
 @pytest.fixture(scope='module', autouse=True)
 def importable():
     sys.path.insert(0, str(TOOLS))
-    threads = torch.get_num_threads()
     yield
-    torch.set_num_threads(threads)
     sys.path.remove(str(TOOLS))
 
 
@@ -104,7 +102,7 @@ def test_options_win_over_presets():
     assert args.batches == {None: 2, (64, 96): 3}
 
 
-def test_run_and_page(tmp_path, capsys, monkeypatch):
+def test_run_and_page(tmp_path, capsys, monkeypatch, one_thread):
     """A narrow vHeat at 32 and 64 pixels, forward and training, to a page."""
     import benchmark
     import benchmark_models

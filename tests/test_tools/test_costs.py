@@ -18,7 +18,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def tools(own_scope, monkeypatch):
+def tools(own_scope, one_thread, monkeypatch):
     """The tools import each other as they do when run."""
     monkeypatch.syspath_prepend(str(REPO / 'tools' / 'analysis_tools'))
     monkeypatch.syspath_prepend(str(REPO / '.dev_scripts'))
