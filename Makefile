@@ -1,5 +1,5 @@
-# Everything from a fresh machine: Python 3.10+, a C++ compiler, make, git.
-#   make demo                      the main job on real pixels, end to end
+# For a fresh machine with Python 3.10+, a C++ compiler, make and git.
+#   make demo                      train, test and draw predictions on a small data set
 #   make test                      all tests
 #   make setup PYTHON=python3.12   another interpreter
 #   make setup VENV=~/envs/vheat   another place
@@ -17,34 +17,34 @@ help: ## this list
 	@echo '  variables: PYTHON (default python3), VENV (default .venv), OUT (default demo_out)'
 
 setup: ## environment in VENV, mmcv compiled once into a cached wheel
-	@tools/misc/setup_env.sh "$(VENV)"
+	@.dev_scripts/setup_env.sh "$(VENV)"
 
-demo: setup ## train, test and paint a small vHeat Mask R-CNN from scratch
-	@$(RUN) tools/misc/demo.py detection --out "$(or $(OUT),demo_out)"
+demo: setup ## train a small vHeat Mask R-CNN from scratch, test it, draw predictions
+	@$(RUN) demo/demo.py detection --out "$(or $(OUT),demo_out)"
 
 demo-seg: setup ## the same for a small vHeat UPerNet
-	@$(RUN) tools/misc/demo.py segmentation --out "$(or $(OUT),demo_out)"
+	@$(RUN) demo/demo.py segmentation --out "$(or $(OUT),demo_out)"
 
 test: setup ## all tests
 	@$(RUN) -m pytest
 
-speed: setup ## ratios to Swin-T that must hold on 2 quiet CPU cores, about 6 minutes
+speed: setup ## limits on the time relative to Swin-T, on 2 idle CPU cores, about 6 minutes
 	@$(RUN) -m pytest tests/speed/speed.py
 
 lint: setup ## ruff, mypy, README's tables of models
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
-	@$(RUN) tools/misc/update_model_tables.py --check
+	@$(RUN) .dev_scripts/update_model_tables.py --check
 
 format: setup ## let ruff rewrite what it can
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-doctor: setup ## what of the stack works here
+doctor: setup ## environment check: which parts of the stack work here
 	@$(RUN) -m vheat_mm.doctor
 
-clean: ## remove builds, caches and what the demo left
+clean: ## remove builds, caches and the demo's output
 	rm -rf build dist *.egg-info demo_out .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 

@@ -50,6 +50,15 @@ def own_scope():
         init_default_scope(before.scope_name)
 
 
+@pytest.fixture
+def one_thread():
+    """Small models gain nothing from a second thread, and lose much where other processes use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _no_stale_logger():
     """MMEngine's loggers keep handlers on closed streams between tests; tools that ran in this process silence all."""

@@ -1,8 +1,3 @@
-"""`_base_.vheat`: vHeat-T for dense prediction. Drop path and, where a head reads fewer maps, outputs go beside it."""
+"""`_base_.vheat` of vheat-t_backbone.py, with the package's import and checkpoint hook of runtime.py."""
 
-vheat = dict(
-    type='VHeat',
-    arch='tiny',
-    img_size=512,  # grid of the frequency value embeddings; images may have any size
-    init_cfg=dict(type='Pretrained', checkpoint='checkpoints/vheat_tiny_512.pth'),
-)
+_base_ = ['./runtime.py', './vheat-t_backbone.py']

@@ -1,6 +1,5 @@
-_base_ = 'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py'
-custom_imports = dict(imports=['vheat_mm'], allow_failed_imports=False)
-default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))
+_base_ = ['mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py', '../_base_/runtime.py']
+default_hooks = _base_.vheat_hooks
 model = dict(
     backbone=dict(_delete_=True, type='VHeat', arch='tiny', img_size=224, drop_path_rate=0.1, out_indices=(3,))
 )

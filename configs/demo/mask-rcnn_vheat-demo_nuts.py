@@ -1,4 +1,4 @@
-"""The demo on photographs of dates, figs and hazelnuts, split by tools/analysis_tools/learning_curves.py."""
+"""The demo on photographs of dates, figs and hazelnuts, split by .dev_scripts/learning_curves.py."""
 
 _base_ = './mask-rcnn_vheat-demo_coins.py'
 metainfo = dict(

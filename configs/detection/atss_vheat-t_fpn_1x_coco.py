@@ -1,6 +1,5 @@
 _base_ = ['mmdet::atss/atss_r50_fpn_1x_coco.py', '../_base_/vheat-t.py', '../_base_/adamw_1x_coco.py']
-custom_imports = dict(imports=['vheat_mm'], allow_failed_imports=False)
-default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))
+default_hooks = _base_.vheat_hooks
 model = dict(
     # The head starts at stride 8; an output norm that nothing reads would stop distributed training.
     backbone=dict(_delete_=True, drop_path_rate=0.1, out_indices=(1, 2, 3), **_base_.vheat),

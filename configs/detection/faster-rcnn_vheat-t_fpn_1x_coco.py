@@ -1,6 +1,5 @@
 _base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/vheat-t.py', '../_base_/adamw_1x_coco.py']
-custom_imports = dict(imports=['vheat_mm'], allow_failed_imports=False)
-default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))
+default_hooks = _base_.vheat_hooks
 model = dict(
     backbone=dict(_delete_=True, drop_path_rate=0.1, **_base_.vheat),
     neck=dict(in_channels=[96, 192, 384, 768]),

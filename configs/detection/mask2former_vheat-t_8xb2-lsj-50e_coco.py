@@ -1,12 +1,8 @@
 _base_ = [
     'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py',
-    '../_base_/vheat-t.py',
-    '../_base_/mask2former_vheat-t_norms.py',
+    '../_base_/runtime.py',
+    '../_base_/mask2former_vheat-t.py',
 ]
-custom_imports = dict(imports=['vheat_mm'], allow_failed_imports=False)
-default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))
-model = dict(
-    backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.vheat),
-    panoptic_head=dict(in_channels=[96, 192, 384, 768]),
-)
-optim_wrapper = dict(paramwise_cfg=dict(custom_keys=_base_.backbone_norms))
+default_hooks = _base_.vheat_hooks
+model = dict(backbone=_base_.backbone, panoptic_head=dict(in_channels=_base_.channels))
+optim_wrapper = _base_.backbone_rates

@@ -3,8 +3,7 @@ _base_ = [
     '../_base_/vheat-t.py',
     '../_base_/adamw_160k_ade20k.py',
 ]
-custom_imports = dict(imports=['vheat_mm'], allow_failed_imports=False)
-default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))
+default_hooks = _base_.vheat_hooks
 model = dict(
     pretrained=None,
     # Strides 4, 16 and 32; nothing reads stride 8.

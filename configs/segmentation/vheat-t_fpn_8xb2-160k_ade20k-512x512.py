@@ -3,8 +3,7 @@ _base_ = [
     '../_base_/vheat-t.py',
     '../_base_/adamw_160k_ade20k.py',
 ]
-custom_imports = dict(imports=['vheat_mm'], allow_failed_imports=False)
-default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))
+default_hooks = _base_.vheat_hooks
 model = dict(
     pretrained=None,
     backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.vheat),

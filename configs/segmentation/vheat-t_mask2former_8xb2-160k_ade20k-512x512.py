@@ -1,12 +1,6 @@
-_base_ = [
-    'mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py',
-    '../_base_/vheat-t.py',
-    '../_base_/mask2former_vheat-t_norms.py',
-]
+_base_ = ['mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py', '../_base_/mask2former_vheat-t.py']
+# Not from _base_/runtime.py: mmseg's config has custom_imports too, and MMEngine forbids a key in two bases.
 custom_imports = dict(imports=['vheat_mm'], allow_failed_imports=False)
 default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))
-model = dict(
-    backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.vheat),
-    decode_head=dict(in_channels=[96, 192, 384, 768]),
-)
-optim_wrapper = dict(paramwise_cfg=dict(custom_keys=_base_.backbone_norms))
+model = dict(backbone=_base_.backbone, decode_head=dict(in_channels=_base_.channels))
+optim_wrapper = _base_.backbone_rates

@@ -1,6 +1,5 @@
 _base_ = ['mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py', '../_base_/vheat-t.py']
-custom_imports = dict(imports=['vheat_mm'], allow_failed_imports=False)
-default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))
+default_hooks = _base_.vheat_hooks
 model = dict(
     backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.vheat),
     decode_head=dict(in_channels=[96, 192, 384, 768]),

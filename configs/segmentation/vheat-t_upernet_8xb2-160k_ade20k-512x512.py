@@ -2,8 +2,7 @@ _base_ = [
     'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
     '../_base_/vheat-t.py',
 ]
-custom_imports = dict(imports=['vheat_mm'], allow_failed_imports=False)
-default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))
+default_hooks = _base_.vheat_hooks
 model = dict(
     backbone=dict(_delete_=True, drop_path_rate=0.3, **_base_.vheat),
     test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(341, 341)),

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'tools' / 'analysis_tools'))
 from benchmark_measure import autocast, fitted_exponent, forward, saved_bytes, take_turns, timed, train_step
-from benchmark_models import build, form
+from benchmark_models import backend_of, build
 
 # (batch, height, width): time over Swin-T at most, by type
 FORWARD = {
@@ -40,7 +40,7 @@ def ready(name, size, train):
 
 
 def once(step, name, model, image, dtype='fp32'):
-    with form(name), autocast('cpu', dtype):
+    with backend_of(name), autocast('cpu', dtype):
         step(model, image)
 
 

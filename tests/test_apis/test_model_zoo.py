@@ -545,7 +545,7 @@ SEGMENTORS = {
 
 @pytest.fixture
 def tables(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'misc'))
+    monkeypatch.syspath_prepend(str(ROOT / '.dev_scripts'))
     return importlib.import_module('update_model_tables')
 
 
@@ -659,7 +659,7 @@ def test_check_notices_a_stale_readme(tables, copy, capsys, file, old, new):
     replace(copy / file, old, new)
     before = (copy / 'README.md').read_text()
     assert tables.main(arguments) == 1
-    assert 'run python tools/misc/update_model_tables.py' in capsys.readouterr().err
+    assert 'run python .dev_scripts/update_model_tables.py' in capsys.readouterr().err
     assert (copy / 'README.md').read_text() == before
     assert tables.main(['--root', str(copy)]) == 0
     assert tables.main(arguments) == 0
@@ -667,7 +667,7 @@ def test_check_notices_a_stale_readme(tables, copy, capsys, file, old, new):
 
 def test_makefile_checks_the_tables():
     assert (
-        'tools/misc/update_model_tables.py --check'
+        '.dev_scripts/update_model_tables.py --check'
         in (ROOT / 'Makefile').read_text().split('\nlint:')[1].split('\n\n')[0]
     )
 
@@ -682,8 +682,8 @@ BAD_METAFILES = {
     'foreign_config': ('mmdet::swin/mask', 'mmdet::swin/gone/mask', r'model .*swin-t-p4.*does not exist'),
     'no_package': ('mmdet::swin/mask', 'mmnothing::swin/mask', 'pip install mmnothing'),
     'renamed': (f'Name: {T_1X}', 'Name: other', rf"model 'other': .*name the model '{T_1X}'"),
-    'no_name': (f'  - Name: {T_1X}\n    In', '  - In', r"model number 1: the field 'Name' is missing"),
-    'no_results': ('    Results:\n', '    Result:\n', rf"model '{T_1X}': the field 'Results' is missing; add it"),
+    'no_name': (f'  - Name: {T_1X}\n    In', '  - In', r'model number 1: the model lacks Name; add it'),
+    'no_results': ('    Results:\n', '    Result:\n', rf"model '{T_1X}': the model lacks Results; add it"),
     'no_metadata': ('      FLOPs: 286400000000\n', '', rf"model '{T_1X}': Metadata lacks FLOPs"),
     'no_length': ('      Epochs: 12\n', '', r'Metadata lacks Epochs \(or Iterations\)'),
     'no_metric': ('          box AP: 45.1', '          box ap: 45.1', rf"model '{T_1X}': 'box AP' is missing"),
@@ -706,7 +706,7 @@ BAD_METAFILES = {
         'Architecture: vHeat-T',
         r"Architecture must be of type list, got 'vHeat-T'",
     ),
-    'metrics': ('\n          box AP: 45.1', ' 45.1', r'Metrics must be a mapping of names to numbers, got 45\.1'),
+    'metrics': ('\n          box AP: 45.1', ' 45.1', r'Metrics must be of type dict, got 45\.1'),
     'collection': ('In Collection: Mask R-CNN', 'In Collection: Mask RCNN', r"no collection 'Mask RCNN'.*Mask R-CNN"),
     'yaml': ('Models:\n', 'Models: [\n', r'metafile.yml: no valid YAML'),
     'no_models': ('Models:\n', 'Modelle:\n', r'metafile.yml: `Models` must be a list'),

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config
+from config_models import CONFIGS, load, task
 from mmengine.hub import get_config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 
 from vheat_mm.utils.torchvision import ensure_torchvision
 
@@ -18,7 +18,6 @@ mmseg = pytest.importorskip('mmseg')
 ensure_torchvision()
 mmpretrain = pytest.importorskip('mmpretrain')
 
-ROOT = Path(__file__).parents[2] / 'configs'
 DATA = Path(__file__).parents[1] / 'data'
 # config -> (arch, drop path, images per GPU), as in the published recipes
 RECIPES = {
@@ -57,19 +56,9 @@ SWIN = {
 pytestmark = pytest.mark.usefixtures('own_scope')
 
 
-def load(name: str) -> Config:
-    cfg = Config.fromfile(ROOT / name)
-    init_default_scope(cfg.default_scope)
-    return cfg
-
-
-def task(name: str) -> str:
-    return name.split('/')[0]
-
-
 def test_every_leaf_config_is_in_the_table():
-    leaves = {str(p.relative_to(ROOT)) for t in SWIN for p in (ROOT / t).glob('*.py')}
-    from test_heads import HEADS  # which takes this file's tools
+    leaves = {str(p.relative_to(CONFIGS)) for t in SWIN for p in (CONFIGS / t).glob('*.py')}
+    from test_heads import HEADS
 
     assert leaves == set(RECIPES) | set(BASELINES) | set(HEADS)
 
@@ -91,7 +80,7 @@ def test_baseline_differs_in_the_backbone_only(name):
 def test_baseline_is_swin_as_published(name):
     """Size, weights and stochastic depth; outputs as wide as the head expects."""
     cfg = load(name)
-    assert len((ROOT / name).read_text().splitlines()) <= 15
+    assert len((CONFIGS / name).read_text().splitlines()) <= 15
     backbone = cfg.model.backbone
     size = dict(tiny=('tiny', 96, 6), small=('small', 96, 18), base=('base', 128, 18))[RECIPES[BASELINES[name]][0]]
     assert f'swin_{size[0]}_patch4_window7_224' in backbone.init_cfg.checkpoint
@@ -105,7 +94,7 @@ def test_baseline_is_swin_as_published(name):
 def test_recipe(name):
     arch, drop_path, batch = RECIPES[name]
     cfg = load(name)
-    assert len((ROOT / name).read_text().splitlines()) <= 25
+    assert len((CONFIGS / name).read_text().splitlines()) <= 25
     assert cfg.custom_imports == dict(imports=['vheat_mm'], allow_failed_imports=False)
     assert (cfg.model.backbone.type, cfg.model.backbone.arch) == ('VHeat', arch)
     assert cfg.model.backbone.drop_path_rate == drop_path
@@ -180,77 +169,3 @@ def test_state_dict_and_weight_decay_groups(name):
     rules = cfg.optim_wrapper.paramwise_cfg.get('custom_keys', {})
     unused = {key for key in rules if not any(key in parameter for parameter, _ in model.named_parameters())}
     assert unused == (set() if task(name) == 'classification' else RULES_OF_SWIN)
-
-
-def shrink(cfg: Config) -> None:
-    """The same model at width 8 and one block per stage."""
-    arch, dims = cfg.model.backbone.arch, [8, 16, 32, 64]
-    cfg.model.backbone.update(
-        arch=dict(
-            embed_dims=8,
-            depths=(1, 1, 1, 1),
-            post_norm=arch != 'tiny',
-            layer_scale=None if arch == 'tiny' else 1e-5,
-        ),
-        init_cfg=None,
-    )
-    if 'neck' in cfg.model and 'in_channels' in cfg.model.neck:
-        cfg.model.neck.in_channels = dims
-    if 'decode_head' in cfg.model:
-        cfg.model.decode_head.update(in_channels=dims, channels=16)
-        cfg.model.auxiliary_head.update(in_channels=32, channels=16)
-        for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
-            head.norm_cfg = dict(type='BN')
-    if task_of(cfg) == 'classification':
-        cfg.model.head.in_channels = 64
-
-
-def task_of(cfg: Config) -> str:
-    return dict(mmdet='detection', mmseg='segmentation', mmpretrain='classification')[cfg.default_scope]
-
-
-def batch_for(cfg: Config) -> dict:
-    if cfg.default_scope == 'mmdet':
-        from mmdet.testing import demo_mm_inputs
-
-        return demo_mm_inputs(2, [[3, 64, 96], [3, 96, 64]], num_classes=80, with_mask=True)
-    if cfg.default_scope == 'mmseg':
-        from mmengine.structures import PixelData
-        from mmseg.structures import SegDataSample
-
-        samples = [
-            SegDataSample(
-                gt_sem_seg=PixelData(data=torch.randint(0, 150, (1, 64, 64))),
-                metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64)),
-            )
-            for _ in range(2)
-        ]
-    else:
-        from mmpretrain.structures import DataSample
-
-        samples = [DataSample().set_gt_label(label) for label in (3, 7)]
-    images = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
-    return dict(inputs=list(images) if cfg.default_scope == 'mmseg' else images, data_samples=samples)
-
-
-@pytest.mark.parametrize('name', RECIPES)
-def test_takes_a_step(name):
-    torch.manual_seed(0)
-    cfg = load(name)
-    shrink(cfg)
-    cfg.model.setdefault('data_preprocessor', cfg.get('data_preprocessor'))  # as the Runner does
-    if cfg.default_scope == 'mmseg':
-        cfg.model.data_preprocessor.size = (64, 64)
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    optim = build_optim_wrapper(model, cfg.optim_wrapper)
-    optim.optimizer.param_groups[0]['lr'] = 1e-4
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    model.train()
-    losses = model.train_step(batch_for(cfg), optim)
-    assert all(torch.isfinite(value).all() for value in losses.values())
-    still = [k for k, p in model.named_parameters() if p.requires_grad and torch.equal(before[k], p)]
-    assert not [key for key in still if key.startswith('backbone.freq_embed') or '.op.to_k.0.weight' in key]
-    model.eval()
-    predictions = model.val_step(batch_for(cfg))
-    assert len(predictions) == 2

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import copy
 import re
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from config_models import CONFIGS, batch_of, build, groups_of, load, narrow, narrow_model, task, unscoped
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
-from mmengine.structures import PixelData
-from test_configs import ROOT, batch_for, task
-from test_configs import load as read_config
+from test_configs import RECIPES
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -57,16 +55,7 @@ SGD = dict(type='SGD', lr=0.1, weight_decay=0.0)  # in proportion to the gradien
 TASKS = (DETECTOR, SEGMENTOR, CLASSIFIER)
 
 
-pytestmark = pytest.mark.usefixtures('own_scope')
-
-
-read_once = cache(read_config)
-
-
-def load(name: str) -> Config:
-    cfg = copy.deepcopy(read_once(name))
-    init_default_scope(cfg.default_scope)
-    return cfg
+pytestmark = pytest.mark.usefixtures('own_scope', 'one_thread')
 
 
 # --- heads
@@ -75,7 +64,7 @@ def load(name: str) -> Config:
 @pytest.mark.parametrize('name', HEADS)
 def test_config(name):
     cfg = load(name)
-    assert len((ROOT / name).read_text().splitlines()) <= 22
+    assert len((CONFIGS / name).read_text().splitlines()) <= 22
     assert cfg.custom_imports == dict(imports=['vheat_mm'], allow_failed_imports=False)
     backbone = cfg.model.backbone
     assert (backbone.type, backbone.arch) == ('VHeat', dict(t='tiny', s='small', b='base')[name.split('vheat-')[1][0]])
@@ -125,20 +114,24 @@ def test_optimizer(name):
         assert group['weight_decay'] == (0 if without else decay), key
 
 
-@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('name', [*RECIPES, *HEADS])
 def test_takes_a_step(name):
-    """No parameter without gradient, which would stop distributed training, and predictions for both images."""
+    """No parameter without gradient, which would stop distributed training; all of vHeat's own parameters move."""
     torch.manual_seed(0)
-    model, batch = narrow_model(load(name)), batch_of(load(name))
+    cfg = load(name)
+    model, batch = narrow_model(cfg), batch_of(cfg)
+    optim = build_optim_wrapper(model, cfg.optim_wrapper)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    optim.zero_grad = lambda **_: None  # gradients are looked at below
     model.train()
-    losses = model(**model.data_preprocessor(copy.deepcopy(batch), True), mode='loss')
-    loss, _ = model.parse_losses(losses)
-    assert torch.isfinite(loss)
-    loss.backward()
+    losses = model.train_step(copy.deepcopy(batch), optim)
+    assert all(torch.isfinite(value).all() for value in losses.values())
     idle = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle
     for key in ('patch_embed.conv1.weight', 'freq_embed.0', 'layers.3.0.mlp.fc2.weight'):
         assert model.backbone.get_parameter(key).grad.abs().sum() > 0, key
+    still = [key for key, p in model.named_parameters() if p.requires_grad and torch.equal(before[key], p)]
+    assert not [key for key in still if key.startswith('backbone.freq_embed') or '.op.to_k.0.weight' in key]
     model.eval()
     assert len(model.val_step(batch)) == 2
 
@@ -169,7 +162,7 @@ def test_classifier_of_224_starts_at_384(tmp_path):
 
 def test_page_lists_every_head():
     links = set(re.findall(r'\.\./configs/([\w/.-]+\.py)', DOCS.read_text()))
-    assert all((ROOT / link).is_file() for link in links)
+    assert all((CONFIGS / link).is_file() for link in links)
     assert {name for name in HEADS if 'vheat-t' in name} <= links
 
 
@@ -189,18 +182,18 @@ def load_with(name: str, title: str, number: int = 0) -> Config:
 
 def test_page_on_another_size(tmp_path):
     path = tmp_path / 'base.py'
-    path.write_text(snippet('Heads').replace('REPO/configs', str(ROOT)))
+    path.write_text(snippet('Heads').replace('REPO/configs', str(CONFIGS)))
     cfg = Config.fromfile(path)
     assert cfg.model.backbone.arch == 'base'
     assert cfg.model.neck.in_channels == [128, 256, 512, 1024]
 
 
-# --- half-frozen fine-tuning
+# --- partly frozen backbone
 
 
 @pytest.mark.parametrize('name', TASKS)
-def test_frozen_half(name):
-    cfg = load_with(name, 'Half-frozen fine-tuning')
+def test_partly_frozen_backbone(name):
+    cfg = load_with(name, 'Partly frozen backbone')
     model = build(cfg)
     optim = build_optim_wrapper(model, cfg.optim_wrapper)
     before = {key: value.clone() for key, value in model.named_parameters()}
@@ -371,66 +364,6 @@ def test_compiled_backbone_needs_one(tmp_path):
 
 
 # --- tools of this file
-
-TINY = dict(embed_dims=8, depths=(1, 1, 1, 1))
-WIDTHS = {48: 8, 96: 8, 192: 16, 384: 32, 768: 64, 128: 16, 256: 32, 512: 32, 1024: 64, 2048: 64}
-SMALLER = dict(num_layers=2, num_queries=20, size=(96, 96))
-
-
-def narrow(node, key: str = '', kept: tuple[int, ...] = ()):
-    """The same model at width 8, with one block per stage and short transformers; changes dicts in place."""
-    if isinstance(node, dict):
-        if node.get('type') == 'DINO':  # mmdet's takes no other width: it encodes a box as 4 x 128 numbers
-            kept = (128, 256)
-        for name, value in node.items():
-            node[name] = narrow(value, name, kept)
-        if node.get('type') == 'VHeat':
-            node.update(arch=TINY, img_size=64, drop_path_rate=0.0, init_cfg=None)
-        if node.get('type') == 'SyncBN':
-            node['type'] = 'BN'
-        return node
-    if key in SMALLER:
-        return SMALLER[key]
-    if isinstance(node, list | tuple):
-        return type(node)(narrow(value, key, kept) for value in node)
-    if re.search('channels|dims|num_feats', key) and node not in kept:
-        return WIDTHS.get(node, node)
-    return 112 if (key, node) == ('num_points', 12544) else node
-
-
-def unscoped(node):
-    """The same values without the library that MMEngine notes beside each dict."""
-    if isinstance(node, dict):
-        return {key: unscoped(value) for key, value in node.items() if key != '_scope_'}
-    return [unscoped(value) for value in node] if isinstance(node, list | tuple) else node
-
-
-def build(cfg: Config) -> nn.Module:
-    """The config's model as it stands, with the data preprocessor that the Runner would give it."""
-    model = copy.deepcopy(cfg.model)
-    model.setdefault('data_preprocessor', cfg.get('data_preprocessor'))
-    built = MODELS.build(model)
-    built.init_weights()
-    return built
-
-
-def narrow_model(cfg: Config) -> nn.Module:
-    narrow(cfg.model)
-    return build(cfg)
-
-
-def batch_of(cfg: Config) -> dict:
-    batch = batch_for(cfg)
-    if cfg.default_scope == 'mmdet' and cfg.model.get('panoptic_head', {}).get('num_stuff_classes'):
-        for image, sample in zip(batch['inputs'], batch['data_samples'], strict=True):
-            sample.gt_sem_seg = PixelData(sem_seg=torch.randint(80, 133, (1, *image.shape[1:])))
-    return batch
-
-
-def groups_of(model: nn.Module, optim) -> dict[str, dict]:
-    """The optimizer's group of each parameter, by name."""
-    groups = {id(p): group for group in optim.optimizer.param_groups for p in group['params']}
-    return {key: groups[id(p)] for key, p in model.named_parameters() if id(p) in groups}
 
 
 class Items(Dataset):

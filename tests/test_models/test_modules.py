@@ -133,7 +133,9 @@ def test_change_takes_effect_as_in_the_reference(model, image, change, train):
         assert difference(found[:count], expected[:count]) < 5e-6, name
         assert difference(found, expected) < 1e-2, name  # gradients of maps whose norms magnify rounding
         if (change, name) not in UNDONE:
-            assert difference(found[:count], before[:count]) > 1e-5, name
+            assert difference(found[:count], before[:count]) > max(
+                5e-6, 5 * difference(found[:count], expected[:count])
+            ), name
 
 
 @pytest.mark.parametrize('train', [False, True], ids=['inference', 'training'])

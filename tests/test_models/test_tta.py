@@ -362,7 +362,7 @@ def test_views_of_unusual_pipelines():
 @pytest.mark.parametrize('name', sorted(p.name for p in (CONFIGS / 'detection').glob('*vheat-t*.py')))
 def test_every_detector_config(name):
     """``--tta`` on the config as it is, with the model narrowed: one prediction of four views."""
-    from test_heads import narrow
+    from config_models import narrow
 
     cfg = Config.fromfile(CONFIGS / 'detection' / name)
     own = cfg.get('tta_pipeline')  # mmdet's RetinaNet has one

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vheat_mm.ops import registry as kernels
-from vheat_mm.ops.eager import spectral
+from vheat_mm import VHeat
+from vheat_mm.ops import use_backend
+from vheat_mm.ops.eager import heat
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools' / 'analysis_tools'
 
@@ -101,17 +103,23 @@ def test_options_win_over_presets():
     assert args.batches == {None: 2, (64, 96): 3}
 
 
-def test_run_and_page(tmp_path, capsys):
-    """vHeat at 32 and 64 pixels, forward and training, to a page."""
+def test_run_and_page(tmp_path, capsys, monkeypatch, one_thread):
+    """A narrow vHeat at 32 and 64 pixels, forward and training, to a page."""
     import benchmark
+    import benchmark_models
     from benchmark_report import exponents
 
+    arch = dict(embed_dims=8, depths=(1, 1, 1, 1))
+    monkeypatch.setattr(benchmark_models, 'VHeat', lambda _, img_size: VHeat(arch, img_size=img_size))
+    monkeypatch.setattr(benchmark, 'machine_limits', cache(benchmark.machine_limits))  # measured once, not in each case
     out = tmp_path / 'first'
     argv = ['--models', 'vheat', 'vheat-reference', '--sizes', '32', '64', '32x64', '--modes', 'forward', 'train']
+    argv += ['--threads', '1']
     assert benchmark.main([*argv, '--repeats', '2', '--warmup', '1', '--roofline', '--out-dir', str(out)]) == 0
     assert 'over reference' in capsys.readouterr().out
     run = json.loads((out / 'benchmark.json').read_text())
     assert len(run['cases']) == 6
+    assert run['threads'] == 1
     assert run['command'].endswith(f'--out-dir {out}')
     forward, train = run['cases'][0]['models'], run['cases'][3]['models']
     assert len(forward['vheat']['samples']) == 2
@@ -138,25 +146,25 @@ def test_run_and_page(tmp_path, capsys):
     assert page.read_text() == text
 
 
-def test_flops_of_mirrored_maps(monkeypatch, make_vheat):
-    """What transforms in halves leave out of the reference form's count: half of it, less where a side is odd."""
+def test_flops_of_the_even_odd_split(monkeypatch, make_vheat):
+    """The split saves half of the transforms' FLOPs, less where a side is odd."""
     from benchmark import roofline
-    from benchmark_models import mirrored_flops
+    from benchmark_models import even_odd_flops
 
     model = make_vheat()
-    monkeypatch.setattr(spectral, 'MIRROR_FROM', {torch.float32: 32})  # the first stage of 64 x 64 pixels alone
+    monkeypatch.setattr(heat, 'SPLIT_FROM', {torch.float32: 32})  # the first stage of 64 x 64 pixels alone
     dim, depth = model.num_features[0], model.depths[0]
-    assert mirrored_flops(model, 3, (64, 64), torch.float32) == 3 * depth * 2 * (16 + 16) * 16 * 16 * dim
-    assert mirrored_flops(model, 1, (60, 68), torch.float32) == depth * 4 * (112 * 17 + 144 * 15) * dim
-    assert mirrored_flops(model, 1, (60, 64), torch.float32) == 0
+    assert even_odd_flops(model, 3, (64, 64), torch.float32) == 3 * depth * 2 * (16 + 16) * 16 * 16 * dim
+    assert even_odd_flops(model, 1, (60, 68), torch.float32) == depth * 4 * (112 * 17 + 144 * 15) * dim
+    assert even_odd_flops(model, 1, (60, 64), torch.float32) == 0
     model.eval()
     flops, limits = {}, dict(flop_per_s=1.0, bytes_per_s=1.0)
-    for form in ('fast', 'reference'):
-        with kernels.use(form):
-            flops[form] = roofline(model, torch.rand(1, 3, 64, 64), 1.0, limits, 'fp32')['flops']
+    for backend in ('fast', 'reference'):
+        with use_backend(backend):
+            flops[backend] = roofline(model, torch.rand(1, 3, 64, 64), 1.0, limits, 'fp32')['flops']
     assert flops['reference'] - flops['fast'] == depth * 2 * (16 + 16) * 16 * 16 * dim
     model.decay_cache.clear()
-    with torch.no_grad(), FlopCounterMode(display=False) as first, kernels.use('reference'):
+    with torch.no_grad(), FlopCounterMode(display=False) as first, use_backend('reference'):
         model(torch.rand(1, 3, 64, 64))
     assert flops['reference'] < first.get_total_flops()  # decays are not computed at every image
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from config_models import narrow
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
@@ -17,9 +18,10 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def tools(own_scope, monkeypatch):
+def tools(own_scope, one_thread, monkeypatch):
     """The tools import each other as they do when run."""
     monkeypatch.syspath_prepend(str(REPO / 'tools' / 'analysis_tools'))
+    monkeypatch.syspath_prepend(str(REPO / '.dev_scripts'))
     init_default_scope('mmpretrain')
 
 
@@ -71,18 +73,17 @@ def test_detectors_are_counted_with_1000_proposals_and_100_boxes(name, stages):
 
     init_default_scope('mmdet')
     cfg = Config.fromfile(REPO / 'configs' / 'detection' / f'{name}.py')
-    cfg.model.backbone.update(TINY)
-    cfg.model.neck.in_channels = [8, 16, 32, 64]
+    narrow(cfg.model)
     cost = get_flops.count(get_flops.build(cfg), 'mmdet', (160, 160))
-    boxes = 1000 * (256 * 49 * 1024 + 1024 * 1024)  # two layers, and below 81 classes and 80 or 1 boxes
-    boxes += 1000 * 1024 * (81 + (4 if stages == 3 else 320))
-    masks = 100 * 196 * (4 * 256 * 256 * 9 + 256 * 256 * 4) + 100 * 784 * 256 * 80
+    maps, hidden = 32, 64  # 256 and 1024 channels in the config
+    boxes = 1000 * (maps * 49 * hidden + hidden * hidden)  # two layers, and below 81 classes and 80 or 1 boxes
+    boxes += 1000 * hidden * (81 + (4 if stages == 3 else 320))
+    masks = 100 * 196 * (4 * maps * maps * 9 + maps * maps * 4) + 100 * 784 * maps * 80
     assert cost.by_module['roi_head'] == pytest.approx(stages * (boxes + masks), rel=1e-3)
 
 
 def test_segmentor_whose_head_asks_for_samples():
     import get_flops
-    from test_heads import narrow
 
     init_default_scope('mmseg')
     cfg = Config.fromfile(REPO / 'configs' / 'segmentation' / 'vheat-t_mask2former_8xb2-160k_ade20k-512x512.py')

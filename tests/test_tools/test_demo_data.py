@@ -12,7 +12,7 @@ from PIL import Image
 pytest.importorskip('skimage')
 mask_api = pytest.importorskip('pycocotools.mask')
 
-SCRIPT = Path(__file__).parents[2] / 'tools' / 'misc' / 'make_demo_data.py'
+SCRIPT = Path(__file__).parents[2] / 'demo' / 'make_demo_data.py'
 spec = importlib.util.spec_from_file_location('make_demo_data', SCRIPT)
 demo_data = importlib.util.module_from_spec(spec)
 sys.modules['make_demo_data'] = demo_data

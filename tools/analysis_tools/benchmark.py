@@ -1,4 +1,4 @@
-"""Latency, throughput and memory of vHeat against Swin and ConvNeXt, and of its fast against its reference form.
+"""Latency, throughput and memory of vHeat against Swin and ConvNeXt, and of its backends against each other.
 
 python tools/analysis_tools/benchmark.py --preset cpu --out-dir work_dirs/benchmark
 python tools/analysis_tools/benchmark.py --sizes 224 800x1216 --dtypes fp32 bf16 --models vheat swin
@@ -27,12 +27,20 @@ from benchmark_measure import (
     take_turns,
     timed,
 )
-from benchmark_models import ARCHS, MODELS, ModelError, build, form, minimal_bytes, mirrored_flops
+from benchmark_models import (
+    ARCHS,
+    MODELS,
+    ModelError,
+    backend_of,
+    build,
+    even_odd_flops,
+    minimal_bytes,
+)
 from benchmark_report import describe_run, print_table, write_page, write_results
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from vheat_mm.ops import registry as kernels
+from vheat_mm.ops import get_backend, use_backend
 
 SQUARES = ('224', '256', '384', '512', '640', '768', '1024', '1280')
 PRESETS = {
@@ -136,7 +144,7 @@ def measure_case(args: argparse.Namespace, size: tuple[int, int], dtype: str, mo
         runnable = {name: torch.compile(m, dynamic=False, mode=args.compile) for name, m in models.items()}
 
     def once(name: str) -> None:
-        with form(name), autocast(args.device, dtype):
+        with backend_of(name), autocast(args.device, dtype):
             STEPS[mode](runnable[name], image)
 
     results = take_turns(
@@ -154,7 +162,7 @@ def measure_case(args: argparse.Namespace, size: tuple[int, int], dtype: str, mo
             saved_bytes=result.saved_bytes,
         )  # fmt: skip
         if limits and result.median and name.startswith('vheat') and mode == 'forward':
-            with form(name):
+            with backend_of(name):
                 record['roofline'] = roofline(model, image, result.median, limits, dtype)
         records[name] = record
         release()
@@ -162,10 +170,10 @@ def measure_case(args: argparse.Namespace, size: tuple[int, int], dtype: str, mo
 
 
 def add_memory(result: Result, once, name, model, runnable, image, args, dtype, mode) -> None:
-    """Fill in the memory of one run; being out of memory leaves it unknown."""
+    """Fill in the memory of one run; it stays None where memory runs out."""
     try:
         if mode == 'train':
-            with form(name), autocast(args.device, dtype):
+            with backend_of(name), autocast(args.device, dtype):
                 result.saved_bytes = saved_bytes(model, partial(runnable, image))
         result.peak_bytes = peak_memory(partial(once, name), args.device)
     except (RuntimeError, MemoryError) as error:
@@ -177,13 +185,13 @@ def roofline(model, image: torch.Tensor, seconds: float, limits: dict[str, float
     """Arithmetic and traffic that a forward pass cannot avoid against what the machine does at best."""
     element = torch.empty((), dtype=DTYPES[dtype]).element_size()
     size = (image.shape[2], image.shape[3])
-    with kernels.use('reference'), torch.no_grad():
+    with use_backend('reference'), torch.no_grad():
         model(image)  # decays are kept from here on, as in the runs that were timed
         with FlopCounterMode(display=False) as counter:
             model(image)
     flops = counter.get_total_flops()
-    if kernels.form() == 'fast' and image.device.type == 'cpu':
-        flops -= mirrored_flops(model, image.shape[0], size, DTYPES[dtype])
+    if get_backend() == 'fast' and image.device.type == 'cpu':
+        flops -= even_odd_flops(model, image.shape[0], size, DTYPES[dtype])
     moved = minimal_bytes(model, image.shape[0], size, element)
     bound = max(flops / limits['flop_per_s'], moved / limits['bytes_per_s'])
     return dict(limits, flops=flops, minimal_bytes=moved, bound_seconds=bound, fraction=bound / seconds)

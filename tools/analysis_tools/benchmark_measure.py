@@ -176,10 +176,10 @@ def saved_bytes(model: nn.Module, function: Callable[[], object]) -> int:
 
 
 def release() -> None:
-    """Give back what is not in use, so that one model's leftovers are not the next one's shortage."""
+    """Free unused memory, so that one model's measurement does not depend on the model before."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory, in which a later peak would not show
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory: a later peak within it would not be seen
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -202,9 +202,9 @@ def machine_limits(device: str, dtype: str) -> dict[str, float]:
     target = torch.empty_like(source)
     x, weight = (torch.randn(rows, n, device=device, dtype=DTYPES[dtype]) for rows in (m, n))
     products = {'product': lambda: x @ weight}
-    if device == 'cpu' and DTYPES[dtype] in onednn.TYPES:  # which library is faster depends on the processor
-        laid_out = onednn.prepared(nn.Parameter(weight, requires_grad=False), weight.dtype)[0]
-        products['oneDNN'] = lambda: onednn.product(x, laid_out)
+    if device == 'cpu' and DTYPES[dtype] in onednn.DTYPES:  # which library is faster depends on the processor
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, m)  # its best: the roofline, not what the network runs
+        products['oneDNN'] = lambda: onednn.product(x, packed)
     with torch.no_grad():
         runs = {'copy': lambda: target.copy_(source), **products}
         taken = take_turns({name: partial(timed, run, device) for name, run in runs.items()}, repeats=10, warmup=3)

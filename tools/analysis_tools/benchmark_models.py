@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from vheat_mm import VHeat
-from vheat_mm.ops import registry as kernels
-from vheat_mm.ops.eager.spectral import mirrors
+from vheat_mm.ops import use_backend
+from vheat_mm.ops.eager.heat import uses_even_odd_split
 from vheat_mm.ops.freq_embed import grid_sizes
+from vheat_mm.ops.registry import BACKENDS
 from vheat_mm.utils.torchvision import ensure_torchvision
 
 MODELS = ('vheat', 'vheat-triton', 'vheat-reference', 'swin', 'swin-scaled', 'convnext')
@@ -31,7 +32,7 @@ def build(name: str, arch: str, size: tuple[int, int]) -> nn.Module:
     """Build a model for images of (height, width) pixels.
 
     Raises:
-        ModelError: The package it comes from is missing; it has no form for this size.
+        ModelError: The package it comes from is missing; it does not exist for this size.
     """
     if name == 'vheat-triton' and not torch.cuda.is_available():
         raise ModelError('Triton kernels need a CUDA device, and PyTorch sees none here')
@@ -52,10 +53,10 @@ def build(name: str, arch: str, size: tuple[int, int]) -> nn.Module:
     return ConvNeXt(arch, out_indices=(0, 1, 2, 3), gap_before_final_norm=False)
 
 
-def form(name: str) -> contextlib.AbstractContextManager:
-    """Form of the network's steps that a model runs in."""
-    _, _, form = name.partition('-')
-    return kernels.use(form) if form in kernels.FORMS else contextlib.nullcontext()
+def backend_of(name: str) -> contextlib.AbstractContextManager:
+    """Context in which a model's ops run with the backend that its name ends in; else with the current one."""
+    _, _, backend = name.partition('-')
+    return use_backend(backend) if backend in BACKENDS else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -80,11 +81,11 @@ def minimal_bytes(model: nn.Module, batch: int, size: tuple[int, int], element: 
     return total
 
 
-def mirrored_flops(model: nn.Module, batch: int, size: tuple[int, int], dtype: torch.dtype) -> int:
-    """FLOPs of the reference form that a forward pass in mirrored halves leaves out, two a multiply-add."""
+def even_odd_flops(model: nn.Module, batch: int, size: tuple[int, int], dtype: torch.dtype) -> int:
+    """FLOPs that the even/odd split of the DCT saves against the reference backend, two per multiply-add."""
     saved = 0
     for (h, w), dim, depth in zip(grid_sizes(size), model.num_features, model.depths, strict=True):
-        if mirrors(h, w, dtype):
+        if uses_even_odd_split(h, w, dtype):
             products = sum((n * n - (n - n // 2) ** 2 - (n // 2) ** 2) * other for n, other in ((h, w), (w, h)))
             saved += depth * batch * 2 * 2 * products * dim
     return saved

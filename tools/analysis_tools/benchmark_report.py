@@ -1,4 +1,4 @@
-"""What benchmark.py leaves behind: table, JSON, CSV, picture and the page docs/performance.md."""
+"""Output of benchmark.py: table, JSON, CSV, picture and the page docs/performance.md."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rich.table import Table
 
 from vheat_mm import __version__
 from vheat_mm.checkpoint.io import atomic_file
-from vheat_mm.ops import registry as kernels
+from vheat_mm.ops import get_backend
 
 PACKAGES = ('torch', 'triton', 'mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'numpy')
 COLORS = {
@@ -37,7 +37,7 @@ Run = dict[str, Any]
 
 
 def describe_run(args: argparse.Namespace, command: str) -> Run:
-    """Everything that a reader needs to judge or repeat the figures; ``cases`` is filled while measuring."""
+    """Versions, machine and settings of a run; ``cases`` is filled while measuring."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -56,7 +56,7 @@ def describe_run(args: argparse.Namespace, command: str) -> Run:
         tf32=args.tf32,
         memory_layout='images (B, C, H, W) contiguous; inside, each model its own',
         compile=args.compile,
-        kernels=kernels.form(),
+        kernels=get_backend(),
         arch=args.arch,
         window_rules={name: rule for name, rule in WINDOW_RULES.items() if name in args.models},
         rounds=dict(repeats=args.repeats, warmup=args.warmup, min_time=args.min_time),
@@ -106,7 +106,7 @@ def rows(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def _best_limits(run: Run) -> dict[str, dict[str, float]]:
-    """The most that the machine did in any case of a type: others may have slowed it down in one of them."""
+    """Highest rates per type over all cases: other processes may have slowed the machine down in some."""
     best: dict[str, dict[str, float]] = {}
     for case in run['cases']:
         of_type = best.setdefault(case['dtype'], dict(flop_per_s=0.0, bytes_per_s=0.0))
@@ -174,7 +174,7 @@ def print_table(run: Run) -> None:
 
 
 def write_results(folder: Path, run: Run) -> None:
-    """Write benchmark.json, benchmark.csv and benchmark.png, each whole or not at all."""
+    """Write benchmark.json, benchmark.csv and benchmark.png, each atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / 'benchmark.json') as file:
         file.write(json.dumps(run, indent=1).encode())
@@ -228,7 +228,7 @@ def write_page(page: str, results: list[str]) -> None:
     """Write the page of figures from result files; a picture beside a result is copied beside the page.
 
     Raises:
-        SystemExit: A result file is missing or none of ours.
+        SystemExit: A result file is missing, or was not written by this tool.
     """
     target = Path(page)
     runs = [(Path(path), _read(path)) for path in results]
@@ -240,10 +240,10 @@ def write_page(page: str, results: list[str]) -> None:
         'table, not between tables. `vheat-reference` has the same weights under `VHEAT_KERNELS=reference`. '
         '"over swin" is the time divided by that of mmdet\'s Swin (window 7) in the same rounds; peak memory is the '
         "device's on CUDA and the growth of the process on the CPU; saved memory is what autograd keeps for backward. "
-        '"GFLOP/img": what products and convolutions of an image take, two a multiply-add; fewer in the fast form '
-        'where large maps are transformed in mirrored halves (`vheat_mm/ops/eager/mirrored.py`). "of roofline": the '
-        'time that these take at the rate of a large matrix product (or its traffic at that of a copy, if longer), the best '
-        'measured in the same run, divided by the time taken.',
+        '"GFLOP/img": products and convolutions per image, two FLOPs per multiply-add; fewer with the CPU kernels, '
+        'which split the DCT of large maps into even and odd parts. "of roofline": the time for this work at the rate '
+        'of a large matrix product (or for the memory traffic at the rate of a copy, if longer), the best measured in '
+        'the same run, divided by the time taken.',
     ]
     for kind, title in (('cpu', 'On a CPU'), ('cuda', 'On a GPU')):
         parts.append(f'## {title}')

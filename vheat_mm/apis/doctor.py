@@ -122,7 +122,7 @@ def install(distribution: str, options: str = '') -> str:
 def build_mmcv() -> str:
     """How to compile mmcv for the installed torch."""
     command = install('mmcv', '--no-build-isolation --no-binary mmcv ')
-    return f'compile it for this torch: tools/misc/build_mmcv.sh (or {command})'
+    return f'compile it for this torch: .dev_scripts/build_mmcv.sh (or {command})'
 
 
 def check_package(name: str, modules: tuple[str, ...], distribution: str, remedy: str, outside: str = WARN) -> Row:

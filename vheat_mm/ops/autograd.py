@@ -37,6 +37,11 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _is_batched(x: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse gradients of gradients, and batches of them, in a ``backward`` that has neither.
 
@@ -52,7 +57,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
                 'the kernels of vheat_mm have no second derivative (create_graph=True): '
                 'set the environment variable VHEAT_KERNELS=reference'
             )
-        if any(grad is not None and torch._C._functorch.is_batchedtensor(grad) for grad in grads):
+        if any(grad is not None and _is_batched(grad) for grad in grads):
             raise RuntimeError(
                 'the kernels of vheat_mm take one gradient at a time (is_grads_batched=True, vmap over backward): '
                 'set the environment variable VHEAT_KERNELS=reference, or use torch.func on the model'

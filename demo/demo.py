@@ -1,9 +1,9 @@
-"""The main job on a small data set of real pixels: train, test, paint, report.
+"""Demo on a small data set composed from photographs: train, test, draw predictions, report.
 
-    python tools/misc/demo.py {detection,segmentation} [--out demo_out]
+    python demo/demo.py {detection,segmentation} [--out demo_out]
 
 Makes the data, trains from scratch with tools/dist_train.sh, tests with tools/dist_test.sh, and
-leaves painted predictions and curves below --out. Exits with 1 where training, testing or the
+writes pictures of the predictions and curves below --out. Exits with 1 where training, testing or the
 expected quality fails.
 """
 
@@ -23,9 +23,9 @@ from pathlib import Path
 from make_demo_data import DemoDataError, make_demo_data
 from PIL import Image
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[1]
 KEY_LABELS = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
-MARKER = '.vheat_mm-demo'  # in each run folder we made, and may hence replace
+MARKER = '.vheat_mm-demo'  # marks a folder that the demo made and may replace
 
 
 class DemoError(Exception):
@@ -58,7 +58,7 @@ TASKS = {
 
 
 def progress(line: str) -> str | None:
-    """What of one line of MMEngine's log the screen shows: where training is, its loss, the main scores."""
+    """Shorten a line of MMEngine's log to epoch or iteration, loss and main scores; None for other lines."""
     place = re.search(r'(?:Epoch|Iter)\((?:train|val)\)\s+(?:\[[\d/ ]+\])+', line)
     values = re.findall(r'(?<!\S)(loss|eta|coco/(?:bbox|segm)_mAP|mIoU): (\S+)', line)
     if not place or not values or {key for key, _ in values} == {'eta'}:
@@ -94,7 +94,7 @@ def run_logged(command: list[str], log: Path, env: dict[str, str]) -> None:
 
 
 def child_environment(data: Path, processes: int) -> dict[str, str]:
-    """Our interpreter first, the data where the demo configs look, cores shared out evenly."""
+    """Environment with this interpreter first, the demo's data and an equal share of the cores per process."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     return {
         **os.environ,
@@ -106,7 +106,7 @@ def child_environment(data: Path, processes: int) -> dict[str, str]:
 
 
 def fresh_folder(folder: Path) -> Path:
-    """An empty folder of ours; an earlier demo's is replaced, anything else is refused."""
+    """Make an empty folder; that of an earlier demo is replaced, any other is refused."""
     if folder.exists():
         if not (folder / MARKER).is_file():
             raise DemoError(f'{folder} exists and is not of this demo; choose another with --out')
@@ -124,7 +124,7 @@ def newest(folder: Path, pattern: str) -> Path:
 
 
 def contact_sheet(pictures: list[Path], out: Path, columns: int = 2, width: int = 640) -> None:
-    """Tile painted predictions (ground truth left, prediction right in each) into one PNG."""
+    """Tile pictures of predictions (ground truth left, prediction right in each) into one PNG."""
     tiles = []
     for picture in pictures:
         with Image.open(picture) as image:
@@ -217,7 +217,7 @@ def demo(name: str, out: Path, processes: int) -> bool:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='The main job on a small data set, end to end.')
+    parser = argparse.ArgumentParser(description='Train and test on a small data set, end to end.')
     parser.add_argument('task', choices=TASKS, help='which demo to run')
     parser.add_argument('--out', type=Path, default=Path('demo_out'), help='folder for all results')
     parser.add_argument('--processes', type=int, default=2, help='processes of the launcher')

@@ -1,8 +1,8 @@
 """Learning curves of record: vHeat-T and Swin-T Mask R-CNN from scratch, same schedule, seed and data.
 
-    python tools/analysis_tools/learning_curves.py coins [--out work_dirs/learning_curves]
-    python tools/analysis_tools/learning_curves.py nuts --data FOLDER_WITH_trainval.json_AND_images
-    python tools/analysis_tools/learning_curves.py coins --full      # tiny instead of a third of its width: for GPUs
+    python .dev_scripts/learning_curves.py coins [--out work_dirs/learning_curves]
+    python .dev_scripts/learning_curves.py nuts --data FOLDER_WITH_trainval.json_AND_images
+    python .dev_scripts/learning_curves.py coins --full      # tiny instead of a third of its width: for GPUs
 
 Trains both models with tools/train.py, one after the other, and leaves curves.png, curves.json (scores by epoch,
 commands) and the runs below --out. An earlier comparison on the same data set is replaced.
@@ -23,12 +23,13 @@ import matplotlib as mpl
 mpl.use('Agg')
 import matplotlib.pyplot as plt
 
-REPO = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPO / 'tools' / 'misc'), str(REPO / 'tools' / 'visualization')]
+REPO = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPO / 'demo'), str(REPO / 'tools' / 'visualization')]
 
-from demo import DemoError, fresh_folder, run_logged  # noqa: E402
 from make_demo_data import make_demo_data  # noqa: E402
 from plot_curves import collect, read_records  # noqa: E402
+
+from demo import DemoError, fresh_folder, run_logged  # noqa: E402
 
 MODELS = dict(vheat='vHeat', swin='Swin')
 COLORS = dict(vheat='tab:red', swin='tab:blue')

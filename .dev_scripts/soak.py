@@ -1,13 +1,13 @@
-"""Does it survive? Trainings killed at random and resumed, against one left alone; inference at random sizes.
+"""Soak test: trainings that are killed at random and resumed, against an undisturbed one; inference at random sizes.
 
-    python tools/misc/soak.py train --minutes 60 --out work_dirs/soak
-    python tools/misc/soak.py infer --minutes 60 --out work_dirs/soak
+    python .dev_scripts/soak.py train --minutes 60 --out work_dirs/soak
+    python .dev_scripts/soak.py infer --minutes 60 --out work_dirs/soak
 
 ``train`` repeats: a small Mask R-CNN (by epoch) or UPerNet (by iteration) is trained by one or two processes, and
 ended again and again: SIGKILL to all of its processes at a random moment, or in the middle of writing a checkpoint;
 SIGKILL to one of them; SIGTERM to the launcher; SIGKILL and then damage to the newest checkpoint. Each time it is
-started with --resume. Its weights must in the end equal those of a run that was left alone, and nothing that was
-saved may be lost on the way. ``infer`` watches the memory of a vHeat whose images never have the same size for long.
+started with --resume. Its final weights must equal those of an undisturbed run, and no saved
+checkpoint may be lost. ``infer`` watches the memory of a vHeat whose images never have the same size for long.
 
 Writes train.json and infer.json; exits with 1 where anything was lost. Linux only, as it reads /proc.
 """
@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -30,16 +29,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-try:
-    import vheat_mm  # noqa: F401
-except ModuleNotFoundError as error:  # not installed: take the package this file lies beside
-    if error.name != 'vheat_mm':
-        raise
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
-from demo import child_environment, fresh_folder
-from make_demo_data import make_demo_data
 
 from vheat_mm import VHeat
 from vheat_mm.checkpoint.io import read_checkpoint
@@ -47,7 +37,14 @@ from vheat_mm.checkpoint.resume import find_newest
 from vheat_mm.checkpoint.verify import verify_file
 from vheat_mm.utils.errors import REQUEUE, CheckpointError
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPO / 'demo'), str(REPO / 'tools' / 'analysis_tools')]
+
+from benchmark_measure import resident  # noqa: E402
+from make_demo_data import make_demo_data  # noqa: E402
+
+from demo import child_environment, fresh_folder  # noqa: E402
+
 TRAINS = b'Checkpoints will be saved'  # what MMEngine logs before the first iteration
 SHORT = [
     'default_hooks.checkpoint.max_keep_ckpts=2',
@@ -97,14 +94,14 @@ def descendants(pid: int) -> list[int]:
 
 
 def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
-    """Signal processes, those that have gone aside."""
+    """Signal processes that still exist."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
 def wait(run: subprocess.Popen, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
-    """Wait so long, or until something happens; False where the run has ended before."""
+    """Wait so many seconds or until a condition holds; False where the run has ended before."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and not until():
         if run.poll() is not None:
@@ -113,7 +110,7 @@ def wait(run: subprocess.Popen, seconds: float, until: Callable[[], bool] = lamb
     return True
 
 
-def end_somehow(run: subprocess.Popen, kind: str, work_dir: Path, rng: random.Random, counts: Counter) -> None:
+def interrupt(run: subprocess.Popen, kind: str, work_dir: Path, rng: random.Random, counts: Counter) -> None:
     """End a run in one of the ways of :data:`KINDS`, unless it ends before."""
     if kind == 'saving':
         saved = set(work_dir.glob('*.pth'))
@@ -153,13 +150,13 @@ def _command(pid: int) -> bytes:
     return b''
 
 
-def place(work_dir: Path) -> tuple[int, str | None]:
-    """Iteration of the newest whole checkpoint, -1 without one; and its path."""
+def newest_iteration(work_dir: Path) -> tuple[int, str | None]:
+    """Iteration of the newest intact checkpoint, -1 without one; and its path."""
     path, _ = find_newest(work_dir)
     return (-1, None) if path is None else (read_checkpoint(path)['meta']['iter'], path)
 
 
-def is_whole(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     try:
         verify_file(path)
     except CheckpointError:
@@ -181,10 +178,10 @@ def damage(path: str, rng: random.Random) -> str:
 
 
 def reference(recipe: str, processes: int, out: Path, data: Path) -> dict[str, torch.Tensor]:
-    """Weights of the run that is left alone."""
-    work_dir = out / f'alone_{recipe}_{processes}'
+    """Weights of the undisturbed run."""
+    work_dir = out / f'undisturbed_{recipe}_{processes}'
     if launch(recipe, processes, work_dir, data).wait() != 0:
-        raise AssertionError(f'the run left alone failed: {work_dir}.log')
+        raise AssertionError(f'the undisturbed run failed: {work_dir}.log')
     return final_weights(work_dir)
 
 
@@ -194,8 +191,10 @@ def final_weights(work_dir: Path) -> dict[str, torch.Tensor]:
     return read_checkpoint(path)['state_dict']
 
 
-def survive(recipe: str, processes: int, work_dir: Path, data: Path, rng: random.Random, counts: Counter) -> None:
-    """One training, ended at random until it is through.
+def train_with_interruptions(
+    recipe: str, processes: int, work_dir: Path, data: Path, rng: random.Random, counts: Counter
+) -> None:
+    """One training, interrupted at random until it finishes.
 
     Raises AssertionError where a checkpoint was lost, or a status is none of those documented.
     """
@@ -204,21 +203,21 @@ def survive(recipe: str, processes: int, work_dir: Path, data: Path, rng: random
         run = launch(recipe, processes, work_dir, data)
         kind = rng.choice(KINDS)
         counts['starts'] += 1
-        end_somehow(run, kind, work_dir, rng, counts)
+        interrupt(run, kind, work_dir, rng, counts)
         status = run.wait()
-        now, path = place(work_dir) if work_dir.exists() else (-1, None)
+        now, path = newest_iteration(work_dir) if work_dir.exists() else (-1, None)
         if now < reached:
             raise AssertionError(f'{work_dir}: iteration {reached} was saved, and {now} is what is left')
         reached = now
-        print(f'  {work_dir.name}: ended by {kind}, status {status}, saved up to iteration {now}', flush=True)
+        print(f'  {work_dir.name}: interrupted by {kind}, status {status}, saved up to iteration {now}', flush=True)
         if status == 0:
             return
-        if kind == 'damage' and path is not None and sum(map(is_whole, work_dir.glob('*.pth'))) > 1:
+        if kind == 'damage' and path is not None and sum(map(is_intact, work_dir.glob('*.pth'))) > 1:
             what = damage(path, rng)
             before = reached
-            reached, other = place(work_dir)
+            reached, other = newest_iteration(work_dir)
             if other == path:
-                raise AssertionError(f'{path}: {what}, and not noticed')
+                raise AssertionError(f'{path}: {what}, and the damage was not found')
             counts[f'damaged, {what}'] += 1
             print(f'  {Path(path).name} {what}: iteration {before} -> {reached}', flush=True)
 
@@ -228,32 +227,25 @@ def soak_training(minutes: float, out: Path, seed: int) -> dict:
     data = out / 'data'
     make_demo_data(data, num_train=32, num_val=4)
     rng, counts = random.Random(seed), Counter()
-    alone: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
+    undisturbed: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
     worst, end = 0.0, time.monotonic() + minutes * 60
     while time.monotonic() < end:
         recipe, processes = rng.choice(list(RECIPES)), rng.choice((1, 2))
-        if (recipe, processes) not in alone:
-            alone[recipe, processes] = reference(recipe, processes, out, data)
-            print(f'{recipe}, {processes} processes, left alone: done', flush=True)
+        if (recipe, processes) not in undisturbed:
+            undisturbed[recipe, processes] = reference(recipe, processes, out, data)
+            print(f'{recipe}, {processes} processes, undisturbed: done', flush=True)
         work_dir = out / f'run_{counts["trainings"]}_{recipe}_{processes}'
-        survive(recipe, processes, work_dir, data, rng, counts)
+        train_with_interruptions(recipe, processes, work_dir, data, rng, counts)
         counts['trainings'] += 1
-        ours, theirs = final_weights(work_dir), alone[recipe, processes]
+        ours, theirs = final_weights(work_dir), undisturbed[recipe, processes]
         if ours.keys() != theirs.keys() or list(work_dir.glob('.*.part')):
-            raise AssertionError(f'{work_dir}: other weights than the run left alone, or files left behind')
+            raise AssertionError(f'{work_dir}: other weights than the undisturbed run, or temporary files are left')
         difference = max(float((ours[key].double() - theirs[key].double()).abs().max()) for key in ours)
         worst = max(worst, difference)
-        print(f'{work_dir.name}: through; differs by {difference:.1e} from the run left alone', flush=True)
+        print(f'{work_dir.name}: finished; differs by {difference:.1e} from the undisturbed run', flush=True)
         for file in work_dir.glob('*.pth'):
             file.unlink()
     return dict(counts=dict(sorted(counts.items())), largest_difference=worst)
-
-
-def resident() -> float:
-    """This process's resident memory in MB."""
-    found = re.search(r'VmRSS:\s+(\d+)', Path('/proc/self/status').read_text())
-    assert found is not None
-    return round(int(found.group(1)) / 1024, 1)
 
 
 def soak_inference(minutes: float, seed: int) -> dict:
@@ -278,9 +270,9 @@ def soak_inference(minutes: float, seed: int) -> dict:
         sizes.add(size)
         if passed >= (len(in_use) + 1) * minutes * 60 / (samples + 1):
             del outputs
-            kept.append(resident())
+            kept.append(round(resident('VmRSS') / 2**20, 1))
             ctypes.CDLL(None).malloc_trim(0)
-            in_use.append(resident())
+            in_use.append(round(resident('VmRSS') / 2**20, 1))
             print(f'  {passed:6.0f} s  {images} images  {len(sizes)} sizes  {kept[-1]} / {in_use[-1]} MB', flush=True)
     assert largest <= limit, f'the decay cache holds {largest} bytes, over its limit of {limit}'
     before, after = max(in_use[samples // 4 : samples // 2]), max(in_use[-samples // 4 :])
@@ -311,8 +303,8 @@ def main() -> int:
             if args.what == 'train'
             else soak_inference(args.minutes, args.seed)
         )
-    except (AssertionError, CheckpointError) as lost:
-        print(f'LOST: {lost}', file=sys.stderr)
+    except (AssertionError, CheckpointError) as failure:
+        print(f'FAILED: {failure}', file=sys.stderr)
         return 1
     figures |= dict(
         minutes=args.minutes,

@@ -2,7 +2,7 @@
 # Make the development environment: a virtual environment with the pinned stack, mmcv with compiled
 # operators, and this project in editable form.
 #
-#   tools/misc/setup_env.sh [VENV]        default: .venv in the repository
+#   .dev_scripts/setup_env.sh [VENV]        default: .venv in the repository
 #
 #   PYTHON    interpreter to build on, 3.10 or newer (default: python3)
 #   MAX_JOBS  compiler processes for mmcv (default: by cores and memory)
@@ -12,7 +12,7 @@
 # obeyed, so that is where a CPU-only torch or a mirror is chosen.
 set -euo pipefail
 
-REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PYTHON="${PYTHON:-python3}"
 VENV="${1:-$REPO/.venv}"
 CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/vheat_mm"
@@ -51,7 +51,7 @@ stop_if_ready() {
 }
 stop_if_ready
 exec 8>"$CACHE/locks/$(cksum <<<"$VENV" | tr -d ' ')"
-"$PYTHON" "$REPO/tools/misc/lock.py" 8 "$VENV"
+"$PYTHON" "$REPO/.dev_scripts/lock.py" 8 "$VENV"
 stop_if_ready # made by the set-up we waited for
 
 # ---- virtual environment ------------------------------------------------------------------------
@@ -89,7 +89,7 @@ fi
 pip install -qq --no-deps -r "$REPO/requirements/openmmlab.txt"
 
 step 4 "mmcv with compiled operators (requirements/mmcv.txt)"
-"$REPO/tools/misc/build_mmcv.sh" "$PY"
+"$REPO/.dev_scripts/build_mmcv.sh" "$PY"
 
 step 5 "vheat_mm, editable"
 pip install -qq --no-deps --no-build-isolation -e "$REPO"

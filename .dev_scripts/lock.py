@@ -2,7 +2,7 @@
 
     exec 9>some.lock && python lock.py 9 'what it guards'
 
-The lock belongs to the open file, so it outlives this process and goes when the script ends,
+The lock belongs to the open file, so it is held after this process and released when the script ends,
 however it ends. (flock(1) does the same, but macOS has none.)
 """
 
@@ -15,7 +15,7 @@ def main() -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        print(f'      another set-up is busy with {name}: waiting for it', flush=True)
+        print(f'      another set-up holds {name}: waiting until it ends', flush=True)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 

@@ -2,12 +2,12 @@
 
 scikit-image carries a photograph of 24 Greek coins and close-ups of brick, grass and gravel. The
 coins are segmented, cut out, turned, flipped, scaled, relit, and laid over each other on crops of
-the textures; half of the images show two textures side by side. Because we do the laying, every
-mask is exact, hidden parts included.
+the textures; half of the images show two textures side by side. As the coins are placed by
+the program, every mask is exact, also where coins overlap.
 
 Train and val share no pixel: val has its own six coins and its own half of each texture.
 
-    python tools/misc/make_demo_data.py --out data/coins
+    python demo/make_demo_data.py --out data/coins
 
     data/coins/coco/  annotations/instances_{train,val}.json  train/  val/
     data/coins/ade/   annotations/{training,validation}/  images/{training,validation}/
@@ -41,8 +41,8 @@ TEXTURES = ('brick', 'grass', 'gravel')
 COIN_LABEL = len(TEXTURES) + 1
 NUM_COINS = 24
 SPLITS = {'train': 'training', 'val': 'validation'}  # COCO's name and ADE20K's
-MANIFEST = 'demo_data.json'  # marks a folder as ours, with the settings that made it
-# Factors on the photographs' brightness. The ranges overlap: some coins shine, some hide.
+MANIFEST = 'demo_data.json'  # marks a folder as made by this tool; holds its settings
+# Factors on the photographs' brightness. The ranges overlap: some coins are brighter than the background, some are not.
 TEXTURE_LIGHT, COIN_LIGHT = (0.6, 1.1), (0.85, 1.35)
 MIN_VISIBLE = 0.4  # of a coin's area; a placement that hides more of any coin is not made
 
@@ -255,7 +255,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def make_demo_data(out: Path, num_train: int = 200, num_val: int = 40, size: int = 256, seed: int = 0) -> bool:
-    """Write the data set to ``out``; all of it appears there at once, or nothing does.
+    """Write the data set to ``out``, atomically: all of it, or nothing after an error.
 
     Returns False where ``out`` already holds exactly what was asked for. A data set of this tool
     with other settings is replaced; any other folder is refused.

@@ -1,7 +1,7 @@
-"""The three published tables again: vHeat-T/S/B beside Swin-T/S/B, counted and measured here.
+"""The three published tables again: vHeat-T/S/B next to Swin-T/S/B, counted and measured here.
 
-    python tools/analysis_tools/compare_backbones.py [--tasks classification detection segmentation] [--sizes t s b]
-    python tools/analysis_tools/compare_backbones.py --page docs/costs.md       # fill the page's tables
+    python .dev_scripts/compare_backbones.py [--tasks classification detection segmentation] [--sizes t s b]
+    python .dev_scripts/compare_backbones.py --page docs/costs.md       # fill the page's tables
 
 Parameters and FLOPs are counted as get_flops.py does; images per second are measured, vHeat and Swin of a size in
 turns, batch 1 (classification: --batch-size). Published figures come from the metafiles and stand in columns of
@@ -21,9 +21,6 @@ from typing import Any
 
 import torch
 import yaml
-from benchmark_measure import take_turns, timed
-from benchmark_report import cpu_name
-from get_flops import SHAPES, Cost, build, count, make_input
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
@@ -34,7 +31,13 @@ from vheat_mm.checkpoint.io import atomic_file
 from vheat_mm.utils.errors import ToolError
 from vheat_mm.utils.torchvision import ensure_torchvision
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO / 'tools' / 'analysis_tools'))
+
+from benchmark_measure import take_turns, timed  # noqa: E402
+from benchmark_report import cpu_name  # noqa: E402
+from get_flops import SHAPES, Cost, build, count, make_input  # noqa: E402
+
 TASKS = dict(classification='mmpretrain', detection='mmdet', segmentation='mmseg')
 HEADINGS = (
     'model', 'params', 'params, published', 'FLOPs', 'FLOPs, published', 'deployed: params', 'FLOPs', 'images/s, here',
@@ -174,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
             options = ' '.join(sys.argv[1:] if argv is None else argv)
             machine = (
                 f'{cpu_name()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, float32; '
-                f'{datetime.date.today()}.\n\n```shell\npython tools/analysis_tools/compare_backbones.py {options}\n```'
+                f'{datetime.date.today()}.\n\n```shell\npython .dev_scripts/compare_backbones.py {options}\n```'
             )
             fill(args.page, texts, machine)
 

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
 # Install the pinned mmcv with its compiled operators into an environment that already has torch.
 #
-#   tools/misc/build_mmcv.sh [PYTHON]     PYTHON: the environment's interpreter (default: python)
+#   .dev_scripts/build_mmcv.sh [PYTHON]     PYTHON: the environment's interpreter (default: python)
 #
 #   MAX_JOBS  compiler processes (default: by cores and memory)
+#   CFLAGS    the compiler's options (default: -g0 -O2; without debug symbols it takes a third of the time)
 #
 # It is compiled once per machine and kept as a wheel in
 #   ${XDG_CACHE_HOME:-~/.cache}/vheat_mm/wheels/py<version>-torch<version>-<cpu|cuXXX>-<arch>/
-# Whoever interrupts it leaves no wheel; whoever runs it meanwhile waits for the one being made.
+# An interrupted build leaves no wheel; a second build at the same time waits for the first.
 set -euo pipefail
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 PY="$(command -v "${1:-python}")" || { echo "mmcv: no '${1:-python}' here" >&2; exit 1; }
 CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/vheat_mm"
-MMCV="$(grep -E '^mmcv==' "$HERE/../../requirements/mmcv.txt")"
+MMCV="$(grep -E '^mmcv==' "$HERE/../requirements/mmcv.txt")"
 
 die() { printf 'mmcv: %s\n' "$@" >&2; exit 1; }
 pip() { "$PY" -m pip --disable-pip-version-check "$@"; }
@@ -90,8 +91,8 @@ compile() {
     jobs="${MAX_JOBS:-$(default_jobs)}"
     build="$(mktemp -d "$WHEELS/build.XXXXXX")" # beside its target: the move is then one rename
     trap 'rm -rf "$build"' EXIT
-    echo "      compiling $MMCV once, about 15 core-minutes, $jobs at a time; log: $LOG"
-    settings=(MMCV_WITH_OPS=1 MAX_JOBS="$jobs" CXX="$compiler" FORCE_CUDA="$cuda" TMPDIR="$build"
+    echo "      compiling $MMCV once, several minutes, $jobs jobs; log: $LOG"
+    settings=(MMCV_WITH_OPS=1 MAX_JOBS="$jobs" CXX="$compiler" CFLAGS="${CFLAGS--g0 -O2}" FORCE_CUDA="$cuda" TMPDIR="$build"
         PATH="$(dirname "$PY"):$PATH")
     [[ $cuda == 1 ]] || settings+=(CUDA_VISIBLE_DEVICES=)
     # Not isolated: an isolated build sees no torch and makes an mmcv without operators.
@@ -108,8 +109,8 @@ compile() {
 if ! wheel="$(cached_wheel)"; then
     exec 9>"$WHEELS/.lock"
     "$PY" "$HERE/lock.py" 9 "the mmcv wheel"
-    if ! wheel="$(cached_wheel)"; then # not made by the one we waited for either
-        rm -rf "$WHEELS"/build.*       # what a killed build left: nobody else is in here
+    if ! wheel="$(cached_wheel)"; then # not made by the build we waited for
+        rm -rf "$WHEELS"/build.*       # left by a killed build; the lock keeps others out
         compile
         wheel="$(cached_wheel)" || die "the wheel just built in $WHEELS is not readable"
     fi

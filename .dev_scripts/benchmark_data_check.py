@@ -1,6 +1,6 @@
 """Time and memory of ``tools/misc/check_dataset.py`` on a generated data set of COCO's size.
 
-    python tools/analysis_tools/benchmark_data_check.py --out work_dirs/data_check
+    python .dev_scripts/benchmark_data_check.py --out work_dirs/data_check
 
 Writes a COCO file of ``--images`` images with 7.3 annotations each, one in 90 an RLE, as ``instances_train2017.json``
 has, and as many links to a few JPEGs of 640 x 480. The check runs twice: reading annotations alone, then everything.
@@ -20,7 +20,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO / 'tools' / 'analysis_tools'))
+
+
 CLASSES, ANNOTATIONS_PER_IMAGE, RLE_EVERY, JPEGS = 80, 7.27, 90, 50
 HEIGHT, WIDTH = 480, 640
 CONFIG = """

@@ -1,0 +1,8 @@
+"""`_base_.vheat`: vHeat-T for dense prediction. Drop path and, where a head reads fewer maps, outputs go beside it."""
+
+vheat = dict(
+    type='VHeat',
+    arch='tiny',
+    img_size=512,  # grid of the frequency value embeddings; images may have any size
+    init_cfg=dict(type='Pretrained', checkpoint='checkpoints/vheat_tiny_512.pth'),
+)
