@@ -34,6 +34,7 @@ from vheat_mm.ops.decay_cache import DecayCache
 from vheat_mm.ops.eager import onednn
 from vheat_mm.ops.freq_embed import NUM_STAGES, grid_sizes, resize_freq_embed, to_pair
 from vheat_mm.ops.reference import channels_first, decay_of
+from vheat_mm.ops.registry import TENSORS
 
 
 class HeatConduction2d(nn.Module):
@@ -297,6 +298,10 @@ class Stage(nn.ModuleList):
         return not needs_gradient(freq_embed, *(p for block in self.blocks for p in block.op.to_k.parameters()))
 
     def _deployed_decays(self, size: tuple[int, int]) -> list[Tensor]:
+        if not torch.compiler.is_compiling() and all(type(block) is Block for block in self.blocks):
+            for block in self.blocks:  # a deployed model is one of constants
+                layers = (block.op.linear, block.op.out_linear, block.mlp.fc1, block.mlp.fc2)
+                onednn.keep_packed(layer.weight for layer in layers if type(getattr(layer, 'weight', None)) in TENSORS)
         decays: list[Tensor] = [block.op.k_exp for block in self.blocks]
         fixed = tuple(decays[0].shape[:2])
         if fixed != size:

@@ -32,7 +32,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @custom_op('linear')
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = onednn.product(*cast_rows(x, weight, bias))
+    rows, bias = x.reshape(-1, x.shape[-1]), None if bias is None else bias.to(x.dtype)
+    out = onednn.product(rows, onednn.packed(weight, x.dtype)[0], bias)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -63,7 +64,7 @@ def split_linear(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
 @custom_op('split_linear')
 def _split_linear(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
     rows = x.reshape(-1, x.shape[-1])
-    halves = zip(weight.to(x.dtype).chunk(2), bias.to(x.dtype).chunk(2), strict=True)
+    halves = zip(onednn.packed(weight, x.dtype, parts=2), bias.to(x.dtype).chunk(2), strict=True)
     return [onednn.product(rows, w, b).view(*x.shape[:-1], -1) for w, b in halves]
 
 
@@ -77,8 +78,3 @@ def split_linear_with_grad(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Ten
     """Two products, so that the half which nothing keeps for backward can be freed; on any device."""
     first, second = (onednn.linear_with_grad(x, w, b) for w, b in zip(weight.chunk(2), bias.chunk(2), strict=True))
     return first, second
-
-
-def cast_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows (M, C) of a map, and weight (D, C) and bias (D,) in its type."""
-    return x.reshape(-1, x.shape[-1]), weight.flatten(1).to(x.dtype), None if bias is None else bias.to(x.dtype)

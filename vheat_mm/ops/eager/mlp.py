@@ -11,7 +11,7 @@ from torch import Tensor
 from vheat_mm.ops import reference
 from vheat_mm.ops.autograd import compute_dtype, needs_gradient, once_differentiable, without_autocast
 from vheat_mm.ops.eager import onednn
-from vheat_mm.ops.eager.linear import cast_rows, supports_inference
+from vheat_mm.ops.eager.linear import supports_inference
 from vheat_mm.ops.library import custom_op
 
 # Repeating the first product of an MLP in backward costs C / 2 operations for each byte not kept: too many from here.
@@ -26,9 +26,9 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
 
 @custom_op('mlp')
 def _mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-    x_rows, w1, b1 = cast_rows(x, weight1, bias1)
-    _, w2, b2 = cast_rows(x, weight2, bias2)
-    parts = [onednn.product(onednn.product(rows, w1, b1, post='gelu'), w2, b2) for (rows,) in onednn.split_rows(x_rows)]
+    (w1,), (w2,) = onednn.packed(weight1, x.dtype), onednn.packed(weight2, x.dtype)
+    b1, b2 = bias1.to(x.dtype), bias2.to(x.dtype)
+    parts = [onednn.product(onednn.product(rows, w1, b1, post='gelu'), w2, b2) for (rows,) in onednn.split_rows(x)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], weight2.shape[0])
 
 

@@ -2,20 +2,24 @@
 
 PyTorch hands float32 products to MKL, which on some AMD processors falls far behind oneDNN, and hands products in
 bfloat16 to oneDNN anyway. PyTorch's compiler calls oneDNN through operators of its own, which are used here; they know
-no gradients. The public way with gradients is a 1x1 convolution. Weights go in as they are: packed copies would have to
-be kept, and would be wrong after any write that leaves no trace on a tensor. They would save 2 to 4 % (vHeat-T,
-float32, 2 cores of an AMD EPYC).
+no gradients. The public way with gradients is a 1x1 convolution.
+
+Weights go in as they are: packed copies would be wrong after any write that leaves no trace on a tensor, and comparing
+all contents takes as long as packing. Only weights of deployed models, which are constants, are kept packed; that saves
+1 to 5 % of a forward pass (vHeat-T, one core of an AMD EPYC).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vheat_mm.ops.autograd import compute_dtype, upcast
 from vheat_mm.ops.registry import is_traced
@@ -24,9 +28,14 @@ from vheat_mm.ops.registry import is_traced
 # the cache, and no allocation is so large that it comes as fresh pages, which cost more than the arithmetic.
 GROUP_BYTES = 3 << 20
 
+_PACK_ROWS = 4096  # the number of rows that weights are packed for; others work too
+
 COPIES_BYTES = 1 << 19  # of a matrix that a batch of products shares
 
 DTYPES = (torch.float32, torch.bfloat16)
+
+# constant weight -> what showed its contents when it was packed, and the packed weights by (type, number of parts)
+_packed: Any = WeakTensorKeyDictionary()
 
 _works: dict[torch.dtype, str] = {}  # why oneDNN's products of a type fail on this CPU; empty where they work
 
@@ -112,11 +121,40 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, post: str = '
 
     Args:
         x: Rows, contiguous.
-        weight: Any layout.
+        weight: Plain, or as :func:`packed` returns it.
         bias: Optional.
         post: ``'none'`` or ``'gelu'`` (exact).
     """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, post, [], 'none' if post == 'gelu' else '')
+
+
+def keep_packed(weights: Iterable[Tensor]) -> None:
+    """Have :func:`packed` keep what it makes of these weights, which the caller holds for constants.
+
+    Should they change all the same, address, version and a sample of their values show it; a write to a few values
+    through ``.data`` may go unseen.
+    """
+    for weight in weights:
+        if weight not in _packed:
+            _packed[weight] = ((), {})
+
+
+def packed(weight: Tensor, dtype: torch.dtype, parts: int = 1) -> list[Tensor]:
+    """Weight (N, K), or of a 1x1 convolution, for :func:`product` in a type; N is split into ``parts`` groups."""
+    if weight not in _packed:
+        return list(weight.flatten(1).to(dtype).chunk(parts))
+    values = weight.detach().flatten()
+    shown = weight.data_ptr(), weight.dtype, weight._version, *values[:: 1 + len(values) // 64].tolist()
+    kept, results = _packed[weight]
+    if kept != shown:
+        _, results = _packed[weight] = (shown, {})
+    if (dtype, parts) not in results:
+        with torch.inference_mode(False), torch.no_grad():
+            plain = weight.detach().flatten(1).to(dtype).chunk(parts)
+            results[dtype, parts] = [
+                torch.ops.mkldnn._reorder_linear_weight(part.contiguous(), _PACK_ROWS) for part in plain
+            ]
+    return results[dtype, parts]
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
