@@ -1,4 +1,4 @@
-"""The tools as users run them: as commands, on tiny data made on the spot. Shared by the tests of tools."""
+"""Running the tools on generated data: as commands, or in this process."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 import torch
 from mmengine.logging import MMLogger
 
-from vheat_mm.engine import fileio as safe_io
+from vheat_mm.engine import fileio
 
-safe_io.install()  # lets torch.load read MMEngine's checkpoints
+fileio.install()  # lets torch.load read MMEngine's checkpoints
 REPO = Path(__file__).resolve().parents[2]
 TOOLS = REPO / 'tools'
 SIZE = 64

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import free_port
 from tool_runs import REPO, TOOLS, assert_message, assert_same_weights, run, write_config
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,13 @@ def test_bad_description_of_machines(tmp_path, environment, word):
 
 def test_two_nodes_on_one_machine(segmentor, tmp_path):
     """Each start stands for a machine; together they are two processes."""
-    env = {**os.environ, 'PYTHON': sys.executable, 'NNODES': '2', 'MASTER_ADDR': '127.0.0.1', 'PORT': str(free_port())}
+    env = {
+        **os.environ,
+        'PYTHON': sys.executable,
+        'NNODES': '2',
+        'MASTER_ADDR': '127.0.0.1',
+        'PORT': str(get_free_port()),
+    }
     command = [TOOLS / 'dist_test.sh', 'segmentation.py', 'run/iter_4.pth', '1', '--work-dir', tmp_path]
     nodes = [
         subprocess.Popen(command, cwd=segmentor, env={**env, 'NODE_RANK': str(rank)}, stdout=subprocess.PIPE, text=True)
@@ -96,13 +102,13 @@ def test_slurm_scripts(segmentor, tmp_path):
     assert (tmp_path / 'train' / 'iter_1.pth').is_file()
 
 
-def test_leaving_after_gloo_runs_what_is_registered(tmp_path):
+def test_exit_after_gloo_runs_exit_functions(tmp_path):
     code = """
 import atexit
-from vheat_mm.apis.train_test import distributed
+from vheat_mm.engine.runner import distributed
 atexit.register(print, 'registered')
 distributed._gloo_used = True
-distributed.leave(3)
+distributed.exit_process(3)
 """
     done = run(sys.executable, '-c', code, cwd=tmp_path, check=False, PYTHONPATH=str(REPO))
     assert done.returncode == 3
@@ -209,7 +215,9 @@ def test_killed_process_is_started_again_and_resumes(slow, detector):
 def test_two_nodes_train_with_one_rendezvous(slow, detector):
     """Two launchers with one process each are the same run as one launcher with two."""
     # Fixed in number: with NNODES=1:2 the first may begin alone, which is another run.
-    address = dict(NNODES='2', MAX_RESTARTS='1', MASTER_ADDR='127.0.0.1', PORT=str(free_port()), PYTHONPATH=str(slow))
+    address = dict(
+        NNODES='2', MAX_RESTARTS='1', MASTER_ADDR='127.0.0.1', PORT=str(get_free_port()), PYTHONPATH=str(slow)
+    )
     options = ('detection.py', 1, '--work-dir', 'run', seed_of(detector))
     nodes = [start(slow, 'dist_train.sh', *options, **address) for _ in range(2)]
     assert [node.wait(timeout=200) for node in nodes] == [0, 0], (slow / 'output').read_text()[-3000:]

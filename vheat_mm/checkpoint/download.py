@@ -8,7 +8,7 @@ import urllib.request
 from typing import IO
 
 from vheat_mm.utils.errors import CheckpointError
-from vheat_mm.utils.text import printable
+from vheat_mm.utils.text import first_line
 
 MAX_BYTES = 8 << 30
 _TIMEOUT = 60.0  # seconds without a byte
@@ -21,7 +21,7 @@ class _WebOnly(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if not newurl.lower().startswith(('http://', 'https://')):
-            raise CheckpointError(f'{req.full_url!r} leads to {printable(newurl)!r}, which is not on the web')
+            raise CheckpointError(f'{req.full_url!r} leads to {first_line(newurl)!r}, which is not on the web')
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -35,7 +35,7 @@ def download(url: str, file: IO[bytes]) -> None:
         with urllib.request.build_opener(_WebOnly).open(url, timeout=_TIMEOUT) as response:
             _copy(response, file, url)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise CheckpointError(f'could not download {url!r}: {printable(error)}') from error
+        raise CheckpointError(f'could not download {url!r}: {first_line(error)}') from error
 
 
 def _copy(response: http.client.HTTPResponse, file: IO[bytes], url: str) -> None:

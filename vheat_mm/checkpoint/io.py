@@ -29,7 +29,7 @@ from vheat_mm.checkpoint.safe_globals import register_safe_globals
 from vheat_mm.checkpoint.verify import check_content
 from vheat_mm.checkpoint.zip_layout import check_safetensors, open_file
 from vheat_mm.utils.errors import CheckpointError
-from vheat_mm.utils.text import printable
+from vheat_mm.utils.text import first_line
 
 StateDict = dict[str, Tensor]
 
@@ -65,7 +65,7 @@ def _load_safely(stream: IO[bytes], name: str) -> Any:
         named = re.search(r'GLOBAL (\S+)|call reduce for unrecognized function (.+)', str(error))
         if named is None:
             reason = str(error).split('WeightsUnpickler error:')[-1].strip()  # PyTorch's advice before it is unsafe
-            raise CheckpointError(f'{name!r} is damaged or no PyTorch file: {printable(reason)}') from error
+            raise CheckpointError(f'{name!r} is damaged or no PyTorch file: {first_line(reason)}') from error
         culprit = named.group(1) or named.group(2)
         hint = '' if torch.__version__ >= '2.6' else " (PyTorch >= 2.6 reads the release's yacs configuration)"
         raise CheckpointError(
@@ -74,7 +74,7 @@ def _load_safely(stream: IO[bytes], name: str) -> Any:
         ) from error
     except Exception as error:  # a damaged file can fail anywhere in the zip reader or the unpickler
         raise CheckpointError(
-            f'{name!r} is truncated, damaged or no PyTorch file ({type(error).__name__}: {printable(error)}); '
+            f'{name!r} is truncated, damaged or no PyTorch file ({type(error).__name__}: {first_line(error)}); '
             'compare its size with the source and copy it again'
         ) from error
 
@@ -106,7 +106,7 @@ def save_atomically(checkpoint: dict[str, Any], path: str | os.PathLike) -> None
         raise CheckpointError(f'writing {str(target)!r} needs safetensors: pip install safetensors') from error
     except (OSError, RuntimeError) as error:  # PyTorch's zip writer turns a full disk into a RuntimeError
         raise CheckpointError(
-            f'could not write {str(target)!r} ({printable(error)}); what was there is untouched. '
+            f'could not write {str(target)!r} ({first_line(error)}); what was there is untouched. '
             'Free some space or choose another folder.'
         ) from error
 
@@ -152,7 +152,7 @@ def _read_safetensors(file: Path) -> StateDict:
     try:
         return load_file(file)
     except Exception as error:  # safetensors raises its own, untyped errors
-        raise CheckpointError(f'{str(file)!r} is damaged or no safetensors file: {printable(error)}') from error
+        raise CheckpointError(f'{str(file)!r} is damaged or no safetensors file: {first_line(error)}') from error
 
 
 def _download(url: str) -> Path:
@@ -165,6 +165,6 @@ def _download(url: str) -> Path:
             with atomic_file(target) as file:
                 download(url, file)
         except OSError as error:
-            raise CheckpointError(f'could not download {url!r} to {str(target)!r}: {printable(error)}') from error
+            raise CheckpointError(f'could not download {url!r} to {str(target)!r}: {first_line(error)}') from error
     barrier()
     return target

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from vheat_mm.utils.errors import CheckpointError
-from vheat_mm.utils.text import printable
+from vheat_mm.utils.text import first_line
 
 MAX_RECORDS = 1 << 16  # a detector with its optimizer has some thousands
 _CHUNK = 1 << 20
@@ -48,7 +48,7 @@ def open_file(name: str) -> IO[bytes]:
             raise CheckpointError(f'{name!r} is not a checkpoint: it is {"empty" if path.is_file() else "no file"}')
         return path.open('rb')
     except (OSError, ValueError) as error:
-        raise CheckpointError(f'{name!r} cannot be read: {printable(error)}') from error
+        raise CheckpointError(f'{name!r} cannot be read: {first_line(error)}') from error
     except RuntimeError as error:
         if isinstance(error, CheckpointError):
             raise
@@ -84,7 +84,7 @@ def check_safetensors(file: IO[bytes], name: str) -> None:
         with safe_open(file.name, framework='pt'):
             pass
     except Exception as error:  # safetensors raises its own, untyped errors
-        raise CheckpointError(f'{name!r} is damaged or no safetensors file: {printable(error)}') from error
+        raise CheckpointError(f'{name!r} is damaged or no safetensors file: {first_line(error)}') from error
 
 
 def check_zip(file: IO[bytes], name: str, checksums: bool = True) -> dict[str, Record]:
@@ -111,7 +111,7 @@ def check_zip(file: IO[bytes], name: str, checksums: bool = True) -> dict[str, R
         with zipfile.ZipFile(file) as archive:
             infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
     except Exception as error:  # a damaged directory can fail anywhere in it
-        _refuse(name, f'its zip directory cannot be read ({type(error).__name__}: {printable(error)})')
+        _refuse(name, f'its zip directory cannot be read ({type(error).__name__}: {first_line(error)})')
     if any(info.filename.endswith('/constants.pkl') for info in infos):
         raise CheckpointError(f'{name!r} is a TorchScript program: save its state_dict() with torch.save instead')
     if len(infos) != count:

@@ -11,7 +11,7 @@ from vheat_mm.models.load_weights import describe_weights
 from vheat_mm.models.weights import MAX_GRID, StateDict, Weights, find_weights, freq_embed_grids
 from vheat_mm.ops.freq_embed import grid_sizes, resize_freq_embed
 from vheat_mm.utils.errors import CheckpointError
-from vheat_mm.utils.text import printable
+from vheat_mm.utils.text import first_line
 
 
 @dataclass
@@ -95,7 +95,7 @@ def resize_checkpoint(
             weights.backbone[key] = resize_freq_embed(weights.backbone[key], grid, mode)
         except RuntimeError as error:  # PyTorch's allocator
             raise CheckpointError(
-                f'{key} of {path!r} cannot be made {grid[0]}x{grid[1]}: {printable(error)}; choose a smaller --tg_size'
+                f'{key} of {path!r} cannot be made {grid[0]}x{grid[1]}: {first_line(error)}; choose a smaller --tg_size'
             ) from error
     return Resized(weights, list(zip(old, new, strict=True)))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from vheat_mm.checkpoint.io import StateDict
 from vheat_mm.ops.freq_embed import NUM_STAGES
 from vheat_mm.utils.errors import CheckpointError
-from vheat_mm.utils.text import printable, some_of
+from vheat_mm.utils.text import first_line, some_of
 
 ANCHOR = 'patch_embed.conv1.weight'  # present in every vHeat state dict, whatever the task
 
@@ -115,7 +115,7 @@ def _check_values(weights: Weights) -> None:
     for key, value in weights.backbone.items():
         if not value.is_floating_point():
             raise CheckpointError(
-                f'{path!r} is damaged, or no vHeat: {printable(key)} holds {value.dtype}, and weights are '
+                f'{path!r} is damaged, or no vHeat: {first_line(key)} holds {value.dtype}, and weights are '
                 'floating-point numbers'
             )
         stage = re.match(r'freq_embed\.(\d)$', key)

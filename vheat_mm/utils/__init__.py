@@ -1,1 +1,1 @@
-"""Errors, texts, processes: what every layer needs."""
+"""Errors, message text and process ranks, used by all layers."""

@@ -1,4 +1,4 @@
-"""One question to all processes."""
+"""Processes of a distributed run, and models inside their wrappers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import nn
 
 
-def anywhere(here: bool) -> bool:
-    """Whether something holds in any process. All of them must call it."""
+def any_rank(value: bool) -> bool:
+    """Whether ``value`` is true on any rank; every rank must call this."""
     if get_world_size() == 1:
-        return here
-    flag = torch.tensor(int(here))
+        return value
+    flag = torch.tensor(int(value))
     all_reduce(flag, op='max')
     return bool(flag)
 
 
 def process_rank() -> int:
-    """Rank of this process as its launcher tells it, 0 without launcher."""
+    """Rank of this process from the launcher's environment variables, 0 without a launcher."""
     for name in ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'):
         if name in os.environ:
             return int(os.environ[name])
@@ -29,7 +29,7 @@ def process_rank() -> int:
 
 
 def process_count() -> int:
-    """Number of processes as the launcher tells it, 1 without launcher."""
+    """Number of processes from the launcher's environment variables, 1 without a launcher."""
     for name in ('WORLD_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'):
         if name in os.environ:
             return int(os.environ[name])
@@ -37,7 +37,7 @@ def process_count() -> int:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside wrappers for distribution and test-time augmentation."""
+    """The model inside wrappers for distributed training and test-time augmentation."""
     inner: Any = model
     while is_model_wrapper(inner) or isinstance(inner, BaseTTAModel):
         inner = inner.module

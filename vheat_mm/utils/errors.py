@@ -1,4 +1,4 @@
-"""The errors of this package, and an error as a sentence."""
+"""Errors of this package, and how an error is told to the user."""
 
 from __future__ import annotations
 
@@ -8,62 +8,70 @@ import traceback
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, unreadable, unsafe, or not of this model; nothing was loaded or written."""
+class VHeatError(Exception):
+    """Base class of this package's errors."""
 
 
-class ToolError(Exception):
-    """Wrong use of a tool, with the remedy in its message."""
+class CheckpointError(VHeatError, RuntimeError):
+    """A checkpoint that is missing, corrupt, unsafe or not of this model; nothing was loaded or written."""
 
 
-class AnnotationError(ValueError):
-    """Annotations that do not fit the model, or do not fit the data set's class names."""
+class ToolError(VHeatError):
+    """Wrong use of a command-line tool; the message says what to change."""
 
 
-class NonFiniteError(RuntimeError):
-    """So many steps in a row had a loss or gradient that is not finite that training cannot go on."""
+class AnnotationError(VHeatError, ValueError):
+    """Annotations that do not fit the model or the data set's class names."""
+
+
+class NonFiniteError(VHeatError, RuntimeError):
+    """Training stopped after too many steps in a row whose loss or gradient was NaN or infinity."""
+
+
+class BrokenSampleError(VHeatError, RuntimeError):
+    """Several samples in a row could not be loaded, so the cause is not a single broken file."""
+
+
+class ViewError(VHeatError, ValueError):
+    """An augmented view of an image lacks what is needed to merge its predictions."""
 
 
 class StopRequested(SystemExit):
-    """Training has ended on a signal; ``code`` is :data:`REQUEUE`, ``message`` tells what was saved."""
+    """Training ended on a signal.
+
+    Attributes:
+        code: :data:`REQUEUE`, the exit status.
+        message: What was saved.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(REQUEUE)
         self.message = message
 
 
-class BrokenSampleError(RuntimeError):
-    """Sample after sample cannot be loaded: it is no single bad file."""
-
-
-class ViewError(ValueError):
-    """A view of an image does not say what merging must know."""
-
-
-# What the user can mend: told in one message, without a traceback.
-_KNOWN = (ToolError, CheckpointError, AnnotationError, BrokenSampleError, NonFiniteError, ViewError, OSError)
+# The user can fix these: tools print the message alone.
+USER_ERRORS = (VHeatError, OSError)
 
 
 def describe(error: BaseException) -> str:
-    """An error as a sentence: its text, after its kind where the text alone would be cryptic."""
-    # KeyError quotes its only argument when printed.
+    """An error's message, with its type in front where the message alone is not clear."""
+    # str() of a KeyError puts its argument in quotes.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if text == 'need at least one array to concatenate':  # what MMEngine's data sets say when they hold nothing
+    if text == 'need at least one array to concatenate':  # MMEngine, of a data set without samples
         return _describe_empty_dataset(error)
-    if 'DataLoader worker' in text:  # the worker's traceback as text: its last line is the error
+    if 'DataLoader worker' in text:  # holds the worker's traceback, whose last line is the error
         text = text.strip().splitlines()[-1]
-        text = re.sub(r'^[\w.]*(?:OSError|AnnotationError|BrokenSampleError): ', '', text)
-    speaking = (*_KNOWN, ValueError, RuntimeError)
-    if isinstance(error, speaking) and text:
+        text = re.sub(r'^(?:vheat_mm[\w.]*|OSError): ', '', text)
+    if isinstance(error, (*USER_ERRORS, ValueError, RuntimeError)) and text:
         return text
-    if not text:  # a bare assertion: its place says more than nothing
+    if not text:  # a bare assertion: say where it is
         frame = traceback.extract_tb(error.__traceback__)[-1]
         text = f'{frame.line} (line {frame.lineno} of {frame.filename})'
     return f'{type(error).__name__}: {text}'
 
 
 def _describe_empty_dataset(error: BaseException) -> str:
-    """Where the data set whose loading failed has looked for samples."""
+    """Say where the data set whose loading failed has looked for samples."""
     looked = ''
     for frame, _ in traceback.walk_tb(error.__traceback__):
         dataset = frame.f_locals.get('self')
