@@ -1,4 +1,4 @@
-"""Several processes and machines."""
+"""Several processes and machines, and runs that are ended and resumed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tool_runs import REPO, TOOLS, assert_message, assert_same_weights, run, write_config
+from tool_runs import REPO, TOOLS, assert_message, assert_same_weights, call, run, write_config
 from torch.distributed.elastic.utils.distributed import get_free_port
+
+from vheat_mm.apis.train_test import run_training
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
         ('slurm_test.sh', ['gpu', 'job', 'a.py']),
     ],
 )
-def test_scripts_explain_their_use(tmp_path, script, arguments):
+def test_scripts_print_their_usage(tmp_path, script, arguments):
     done = run(TOOLS / script, *arguments, cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith('usage: ')
@@ -45,13 +47,13 @@ def test_scripts_explain_their_use(tmp_path, script, arguments):
         (dict(NNODES='2', MASTER_ADDR='nowhere.invalid'), "MASTER_ADDR='nowhere.invalid'"),
     ],
 )
-def test_bad_description_of_machines(tmp_path, environment, word):
+def test_wrong_environment_variables(tmp_path, environment, word):
     done = run(TOOLS / 'dist_train.sh', 'a.py', 1, cwd=tmp_path, check=False, **environment)
     assert_message(done, word)
 
 
 def test_two_nodes_on_one_machine(segmentor, tmp_path):
-    """Each start stands for a machine; together they are two processes."""
+    """Each launcher stands for a machine and starts one process."""
     env = {
         **os.environ,
         'PYTHON': sys.executable,
@@ -70,7 +72,7 @@ def test_two_nodes_on_one_machine(segmentor, tmp_path):
 
 
 FAKE_SRUN = """#!/usr/bin/env bash
-# Stands for Slurm: notes its options, then starts the tasks that they ask for.
+# A stand-in for Slurm: writes its options to a file, then starts --ntasks processes.
 printf '%s\n' "$@" > srun_arguments
 while [[ $1 == --* ]]; do
     [[ $1 == --ntasks=* ]] && tasks=${1#*=}
@@ -115,7 +117,7 @@ distributed.exit_process(3)
     assert done.stdout == 'registered\n'
 
 
-def test_cores_are_shared_out(monkeypatch):
+def test_cores_are_divided_among_processes(monkeypatch):
     monkeypatch.syspath_prepend(str(TOOLS))
     import dist_run
 
@@ -128,7 +130,7 @@ def test_cores_are_shared_out(monkeypatch):
     assert os.environ['OMP_NUM_THREADS'] == '3'
 
 
-# --- runs that are ended, and go on
+# --- runs that are ended and resumed
 
 
 def start(cwd: Path, script: str, *arguments: object, **environment: str) -> subprocess.Popen:
@@ -157,13 +159,13 @@ from mmengine.registry import HOOKS
 @HOOKS.register_module()
 class Slow(Hook):  # leaves time to end the run between two iterations
     def after_train_iter(self, *_, **__):
-        time.sleep(1.0)
+        time.sleep(0.7)
 """
 
 
 @pytest.fixture
 def slow(tmp_path, detector) -> Path:
-    """The detector's config, made slow, in a folder of its own."""
+    """A folder with the detector's config and a hook that slows it down."""
     (tmp_path / 'slow.py').write_text(SLOW)
     text = (detector / 'detection.py').read_text()
     imports = "custom_imports = dict(imports=['vheat_mm', 'slow'], allow_failed_imports=False)"
@@ -172,12 +174,12 @@ def slow(tmp_path, detector) -> Path:
 
 
 def seed_of(detector: Path) -> str:
-    """What makes another run the same as the fixture's, which has drawn a seed."""
+    """The seed that the fixture's run has drawn."""
     return f'--seed={torch.load(detector / "run" / "epoch_1.pth", weights_only=True)["meta"]["seed"]}'
 
 
-def test_sigterm_saves_and_asks_to_be_started_again(slow, detector):
-    """To the launcher, as a cluster sends it; two processes with workers stop after the same iteration."""
+def test_sigterm_saves_and_exits_with_75(slow, detector):
+    """The launcher gets SIGTERM, as from a cluster; two processes with workers stop after the same iteration."""
     options = ('detection.py', 2, '--work-dir', 'run', seed_of(detector))
     run = start(slow, 'dist_train.sh', *options, PYTHONPATH=str(slow))
     wait_for(slow / 'output', 'Epoch(train) [1][1/2]', run)
@@ -188,15 +190,15 @@ def test_sigterm_saves_and_asks_to_be_started_again(slow, detector):
     assert 'Traceback' not in output
     iteration = torch.load(slow / 'run' / 'interrupted.pth', weights_only=True)['meta']['iter']
     assert 1 <= iteration <= 3
-    options += ('--resume', '--cfg-options', 'model.backbone.with_cp=True')  # which changes no number
+    options += ('--resume', '--cfg-options', 'model.backbone.with_cp=True')  # with_cp changes no result
     assert start(slow, 'dist_train.sh', *options, PYTHONPATH=str(slow)).wait(timeout=200) == 0
     assert f'iteration {iteration}' in (slow / 'output').read_text().split('resuming from')[1]
     assert_same_weights(slow / 'run' / 'epoch_2.pth', detector / 'run' / 'epoch_2.pth')
     assert not (slow / 'run' / 'interrupted.pth').exists()
 
 
-def test_killed_process_is_started_again_and_resumes(slow, detector):
-    """torchrun starts both processes again; without --resume, and beside a checkpoint of an earlier run."""
+def test_processes_restart_and_resume_after_a_kill(slow, detector):
+    """torchrun restarts both processes, without --resume; the folder holds a checkpoint of an earlier run."""
     (slow / 'run').mkdir()
     old = slow / 'run' / 'epoch_7.pth'
     old.write_bytes((detector / 'run' / 'epoch_1.pth').read_bytes())
@@ -213,8 +215,8 @@ def test_killed_process_is_started_again_and_resumes(slow, detector):
 
 
 def test_two_nodes_train_with_one_rendezvous(slow, detector):
-    """Two launchers with one process each are the same run as one launcher with two."""
-    # Fixed in number: with NNODES=1:2 the first may begin alone, which is another run.
+    """Two launchers with one process each give the weights of one launcher with two."""
+    # With NNODES=1:2 the first might start alone.
     address = dict(
         NNODES='2', MAX_RESTARTS='1', MASTER_ADDR='127.0.0.1', PORT=str(get_free_port()), PYTHONPATH=str(slow)
     )
@@ -227,7 +229,7 @@ def test_two_nodes_train_with_one_rendezvous(slow, detector):
 
 @pytest.fixture
 def two_machines() -> Iterator[list[list[str]]]:
-    """Commands that run another one on a machine of its own; their names have no address, as those of containers."""
+    """Prefixes that run a command in a network namespace; its host name has no address, as in a container."""
     names = [f'vheat-{os.getpid()}-{i}' for i in range(2)]
     pair = f'ip link add v0 netns {names[0]} type veth peer name v1 netns {names[1]}'
     try:
@@ -249,7 +251,7 @@ def two_machines() -> Iterator[list[list[str]]]:
 
 @pytest.mark.parametrize('environment', [dict(), dict(MAX_RESTARTS='1')], ids=['static', 'elastic'])
 def test_machines_without_names(two_machines, segmentor, tmp_path, environment):
-    """With a rendezvous that can be held again, no NODE_RANK is needed: the one with MASTER_ADDR is the host."""
+    """With an elastic rendezvous, no NODE_RANK is needed: the machine with MASTER_ADDR is the host."""
     shared = {**os.environ, 'PYTHON': sys.executable, 'NNODES': '2', 'MASTER_ADDR': '10.9.0.1', **environment}
     command = [TOOLS / 'dist_test.sh', 'segmentation.py', 'run/iter_4.pth', '1', '--work-dir', tmp_path]
     nodes = []
@@ -262,14 +264,20 @@ def test_machines_without_names(two_machines, segmentor, tmp_path, environment):
     assert any('2 processes joined by gloo' in output for output in outputs)
 
 
-def test_deterministic_run_is_bit_equal_twice(tmp_path, data):
-    """Weights of two starts with one seed, and another seed's."""
+def test_deterministic_runs_are_bit_equal(tmp_path, data, capfd):
+    """A command and a run in this process with the same seed give the same weights, another seed gives others."""
     pytest.importorskip('mmdet')
     write_config(tmp_path, 'detection', data, 'train_cfg = dict(max_epochs=1, val_interval=9)')
-    for name, seed in (('a', 3), ('b', 3), ('c', 4)):
-        options = ('--work-dir', name, '--seed', seed, '--deterministic')
-        done = run(TOOLS / 'train.py', 'detection.py', *options, cwd=tmp_path)
-        assert f'seed {seed}, deterministic' in done.stdout
+    options = ('detection.py', '--deterministic', '--seed')
+    output = run(TOOLS / 'train.py', *options, 3, '--work-dir', 'a', cwd=tmp_path).stdout
+    try:
+        for name, seed in (('b', 3), ('c', 4)):
+            call(run_training, *options, seed, '--work-dir', name, cwd=tmp_path)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
+    output += capfd.readouterr().out
+    assert [output.count(f'seed {seed}, deterministic') for seed in (3, 4)] == [2, 1]
     a, b, c = (torch.load(tmp_path / name / 'epoch_1.pth', weights_only=True)['state_dict'] for name in 'abc')
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not torch.equal(a['backbone.patch_embed.conv1.weight'], c['backbone.patch_embed.conv1.weight'])
