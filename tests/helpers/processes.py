@@ -1,5 +1,6 @@
-"""Two processes of a test in one gloo process group."""
+"""Processes of tests, forked from a server that has imported torch and MMEngine."""
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -8,6 +9,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.utils.distributed import get_free_port
+
+_context = multiprocessing.get_context('forkserver')
+_context.set_forkserver_preload(['mmengine.runner', 'vheat_mm'])
+
+
+def run_alone(function: Callable, *arguments: object) -> int | None:
+    """Call a function in another process; returns its exit code."""
+    process = _context.Process(target=function, args=arguments)
+    process.start()
+    process.join(60)
+    return process.exitcode
 
 
 def join(rank: int, port: int) -> None:
@@ -27,5 +39,6 @@ def finish(result: object, rank: int, folder: Path) -> None:
 
 def run_two(function: Callable, folder: Path, *arguments: object) -> list:
     """Call ``function(rank, port, folder, ...)``, which must join and finish, in two processes; returns the results."""
-    torch.multiprocessing.spawn(function, (get_free_port(), folder, *arguments), nprocs=2)
+    arguments = (get_free_port(), folder, *arguments)
+    torch.multiprocessing.start_processes(function, arguments, nprocs=2, start_method='forkserver')
     return [torch.load(folder / f'rank{rank}.pth') for rank in range(2)]

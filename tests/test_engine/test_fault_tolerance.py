@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
-from processes import finish, join, run_two
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from processes import finish, join, run_alone, run_two
 from small_runs import ALL_HOOKS, CountedScore, RecordBatches, train
 
 from vheat_mm.checkpoint.io import read_checkpoint
 from vheat_mm.checkpoint.resume import find_newest
 from vheat_mm.engine.fileio import AtomicLocalBackend
-from vheat_mm.engine.hooks import ReproducibleHook, StopSignalHook
+from vheat_mm.engine.hooks import ReproducibleHook, StopSignalHook, atomic_checkpoint_hook
 from vheat_mm.engine.runner.build import add_fault_tolerance_hooks
 from vheat_mm.utils.errors import CheckpointError, StopRequested
 
-TESTS = Path(__file__).parents[1]
 ATOMIC = dict(type='AtomicCheckpointHook')
 EPOCHS, ITERATIONS = (True, 3), (False, 11)  # both with data for 4 iterations a pass
 
@@ -206,24 +208,20 @@ def test_signal_before_a_validation_of_an_iteration_based_loop(tmp_path):
     assert CountedScore.runs == runs + 2
 
 
-def test_signals_to_workers_do_not_end_the_training(tmp_path):
-    """A cluster signals every process of a job, and PyTorch's workers would exit."""
-    code = f"""
-import os, sys
-sys.path.insert(0, {str(TESTS / 'helpers')!r})
-from small_runs import *
 @HOOKS.register_module()
 class SignalWorkers(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        children = open(f'/proc/self/task/{{os.getpid()}}/children').read().split()
-        assert len(children) >= 2
-        for child in children:
-            os.spawnlp(os.P_WAIT, 'kill', 'kill', '-TERM', child)
-train({str(tmp_path)!r}, False, 2, 6, hooks=(*ALL_HOOKS, 'SignalWorkers'), sampler='InfiniteSampler')
-print('finished')
-"""
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=60)
-    assert done.stdout == 'finished\n', done.stderr[-2000:]
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        for worker in workers:
+            subprocess.run(['kill', '-TERM', str(worker.pid)], check=True)  # a sender other than the parent
+
+
+def test_signals_to_workers_do_not_end_the_training(tmp_path):
+    """A cluster signals every process of a job, and PyTorch's workers would exit."""
+    hooks = (*ALL_HOOKS, 'SignalWorkers')
+    _, batches = train(tmp_path, False, 2, 6, hooks=hooks, sampler='InfiniteSampler')
+    assert len(batches) == 6
 
 
 def test_signal_handlers_are_restored(tmp_path):
@@ -369,40 +367,32 @@ def test_weights_without_training_state_are_not_resumed(run, tmp_path):
     assert find_newest(tmp_path)[0] is None
 
 
-KILLED = f"""
-import os, signal, sys
-sys.path.insert(0, {str(TESTS / 'helpers')!r})
-from small_runs import *
-saves = 0
-{{patch}}
-def killer(*args, **kwargs):
-    global saves
-    saves += 1
-    if saves == {{after}}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-{{target}} = killer
-train({{folder!r}}, True, 0, 3, hooks=ALL_HOOKS, checkpoint=dict(type='AtomicCheckpointHook', max_keep_ckpts=1))
-"""
+# What is called, and at which call the process is killed.
 MOMENTS = {
-    'before the flush': ('from os import fsync as original', 'os.fsync', 5),
-    'before the rename': ('from pathlib import Path; original = Path.replace', 'Path.replace', 3),
-    'between checkpoint and last_checkpoint': ('from pathlib import Path; original = Path.replace', 'Path.replace', 4),
-    'before the old one is removed': (
-        'from vheat_mm.engine.hooks import atomic_checkpoint_hook as module; original = module._remove',
-        'module._remove',
-        3,
-    ),
+    'before the flush': (os, 'fsync', 5),
+    'before the rename': (Path, 'replace', 3),
+    'between checkpoint and last_checkpoint': (Path, 'replace', 4),
+    'before the old one is removed': (atomic_checkpoint_hook, '_remove', 3),
 }
+
+
+def train_and_die(moment: str, folder: Path) -> None:
+    owner, name, number = MOMENTS[moment]
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def kill_or_call(*args, **kwargs):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, kill_or_call)
+    train(folder, True, 0, 3, hooks=ALL_HOOKS, checkpoint=ATOMIC | dict(max_keep_ckpts=1))
 
 
 @pytest.mark.parametrize('moment', MOMENTS)
 def test_killed_while_saving(tmp_path, moment):
     """With max_keep_ckpts=1, there is an intact checkpoint at any moment."""
-    patch, target, after = MOMENTS[moment]
-    code = KILLED.format(patch=patch, target=target, after=after, folder=str(tmp_path / 'killed'))
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert run_alone(train_and_die, moment, tmp_path / 'killed') == -signal.SIGKILL
     parts = list((tmp_path / 'killed').glob('.*.part'))
     assert len(parts) == ('before the flush' in moment or 'rename' in moment or 'between' in moment)
     options = dict(hooks=ALL_HOOKS, checkpoint=ATOMIC | dict(max_keep_ckpts=1))
