@@ -210,7 +210,7 @@ def _call(tool: Callable[[list[str]], int], arguments: tuple, cwd: Path) -> int:
     before = Path.cwd()
     os.chdir(cwd)
     try:
-        # MMEngine formats the config six times in a run, each as long as an iteration of these models.
+        # MMEngine formats the config six times in a run, which takes a third of a second.
         with mock.patch('mmengine.config.config.FormatCode', lambda text, **_: (text, True)):
             return tool([str(argument) for argument in arguments])
     finally:

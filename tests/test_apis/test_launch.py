@@ -136,10 +136,8 @@ def wait_for(path: Path, text: str, process: subprocess.Popen, count: int = 1, s
 
 SLOW = """
 import time
-from mmengine.config import config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-config.FormatCode = lambda text, **_: (text, True)  # takes longer than the training
 @HOOKS.register_module()
 class Slow(Hook):  # leaves time to end the run between two iterations
     def after_train_iter(self, *_, **__):
