@@ -177,15 +177,20 @@ def write_config(folder: Path, task: str, data: Path, extra: str = '') -> Path:
     return path
 
 
+def clean_environment(**variables: str) -> dict[str, str]:
+    """This process's environment variables without those that change how the tools run, and with ``variables``."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(('OMP_', 'SLURM_', 'VHEAT_'))}
+    return kept | dict(PYTHON=sys.executable) | variables
+
+
 def run(*command: object, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
     """Run a tool as a command from ``cwd``, outside of the repository."""
     names = [str(part) for part in command]
-    env = {key: value for key, value in os.environ.items() if not key.startswith(('OMP_', 'SLURM_', 'VHEAT_'))}
     if names[0].endswith('.py'):
         names.insert(0, sys.executable)
-        env['OMP_NUM_THREADS'] = '1'
-    env.update(PYTHON=sys.executable, **environment)
-    done = subprocess.run(names, cwd=cwd, env=env, capture_output=True, text=True, timeout=280, check=False)
+        environment['OMP_NUM_THREADS'] = '1'
+    options = dict(cwd=cwd, env=clean_environment(**environment), capture_output=True, text=True, timeout=280)
+    done = subprocess.run(names, **options, check=False)
     if check and done.returncode:
         pytest.fail(f'{" ".join(names)}\nended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}')
     return done

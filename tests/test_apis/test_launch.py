@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tool_runs import REPO, TOOLS, assert_message, assert_same_weights, call, run, write_config
+from tool_runs import REPO, TOOLS, assert_message, assert_same_weights, call, clean_environment, run, write_config
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from vheat_mm.apis.train_test import run_training
@@ -117,12 +117,9 @@ def test_cores_are_divided_among_processes(monkeypatch):
 
 def start(cwd: Path, script: str, *arguments: object, **environment: str) -> subprocess.Popen:
     """Start a tool and return at once; its output goes to ``<cwd>/output``."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith(('OMP_', 'SLURM_', 'VHEAT_'))}
     command = [str(part) for part in (TOOLS / script, *arguments)]
     with (cwd / 'output').open('a') as output:
-        return subprocess.Popen(
-            command, cwd=cwd, env={**env, 'PYTHON': sys.executable, **environment}, stdout=output, stderr=output
-        )
+        return subprocess.Popen(command, cwd=cwd, env=clean_environment(**environment), stdout=output, stderr=output)
 
 
 def wait_for(path: Path, text: str, process: subprocess.Popen, count: int = 1, seconds: int = 120) -> None:
@@ -237,8 +234,7 @@ def two_machines() -> Iterator[tuple[str, list[list[str]]]]:
 def test_two_machines(two_machines, segmentor, tmp_path, environment):
     """With an elastic rendezvous, no NODE_RANK is needed: the machine with MASTER_ADDR is the host."""
     address, prefixes = two_machines
-    env = {key: value for key, value in os.environ.items() if not key.startswith('OMP_')}
-    env |= dict(PYTHON=sys.executable, NNODES='2', MASTER_ADDR=address, PORT=str(get_free_port()), **environment)
+    env = clean_environment(NNODES='2', MASTER_ADDR=address, PORT=str(get_free_port()), **environment)
     command = [TOOLS / 'dist_test.sh', 'segmentation.py', 'run/iter_4.pth', '1', '--work-dir', tmp_path]
     nodes = []
     for rank, prefix in enumerate(prefixes):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
@@ -23,13 +22,7 @@ SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain
 class CheckedDictAction(DictAction):
     """MMEngine's ``KEY=VALUE`` options; a value without ``=`` is a usage error."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence | None,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
         for value in values or ():
             if '=' not in value:
                 parser.error(f'{option_string}: expected KEY=VALUE, got {value!r}')

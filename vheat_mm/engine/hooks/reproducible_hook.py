@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 from mmengine.dist import get_rank, get_world_size
@@ -14,7 +15,7 @@ from vheat_mm.engine.optimizers.accumulated_gradients import (
     has_accumulated_gradients,
     restore_gradients,
 )
-from vheat_mm.engine.runner.data_loading import LazyIterator, set_fetch, train_loader
+from vheat_mm.engine.runner.data_loading import lazy_iterator, set_fetch, train_loader
 from vheat_mm.engine.runner.resumable_sampler import ITERATION, ResumableBatchSampler, SeededFetch, reseed
 
 # Entries of a checkpoint's ``meta``, and of the checkpoint.
@@ -57,7 +58,7 @@ class ReproducibleHook(Hook):
         if isinstance(loader.batch_sampler, ResumableBatchSampler):  # this hook is in the config twice
             return
         endless = isinstance(loop, IterBasedTrainLoop)
-        known = isinstance(loop.dataloader_iterator, LazyIterator) if endless else isinstance(loop, EpochBasedTrainLoop)
+        known = isinstance(loop.dataloader_iterator, Generator) if endless else isinstance(loop, EpochBasedTrainLoop)
         if not known or loader.batch_sampler is None:
             runner.logger.warning(
                 f'{type(loop).__name__} with {type(loader).__name__}: after resuming, other samples are drawn than in '
@@ -85,7 +86,7 @@ class ReproducibleHook(Hook):
             return
         if isinstance(loop, IterBasedTrainLoop):
             self._sampler.start = runner.iter
-            loop.dataloader_iterator = LazyIterator(loop.dataloader, skip=runner.iter)
+            loop.dataloader_iterator = lazy_iterator(loop.dataloader, skip=runner.iter)
             return
         start, self._resumed_meta = self._batches_done(runner), {}
         self._sampler.epoch, self._sampler.start = runner.epoch, start

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import functools
+import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,7 +88,7 @@ def train_loader(runner: Runner) -> DataLoader:
     """
     loop = runner.train_loop
     old = getattr(loop, 'dataloader_iterator', None)
-    if old is None or isinstance(old, LazyIterator) or not isinstance(runner._train_dataloader, dict):
+    if old is None or isinstance(old, Generator) or not isinstance(runner._train_dataloader, dict):
         return loop.dataloader
     dataset = loop.dataloader.dataset
     cfg = {**runner._train_dataloader, 'dataset': dataset}
@@ -96,48 +98,31 @@ def train_loader(runner: Runner) -> DataLoader:
         loop.dataloader = runner.build_dataloader(cfg, seed=runner.seed, diff_rank_seed=diff_rank_seed)
     finally:
         del dataset.__deepcopy__
-    loop.dataloader_iterator = LazyIterator(loop.dataloader)
+    loop.dataloader_iterator = lazy_iterator(loop.dataloader)
     return loop.dataloader
 
 
 def set_fetch(loader: DataLoader, wrap: Callable[[Fetch], Fetch]) -> None:
     """Wrap the function with which a loader's workers load a batch: PyTorch uses ``__getitems__`` if there is one."""
     dataset = loader.dataset
-    own = getattr(dataset, '__getitems__', None) or _FetchEach(dataset)
+    own = getattr(dataset, '__getitems__', None) or functools.partial(_fetch_each, dataset)
     dataset.__getitems__ = wrap(own)  # type: ignore[attr-defined]
 
 
-class _FetchEach:  # a class, not a closure: workers may get a pickled copy
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-
-    def __call__(self, batch: Sequence[int]) -> list:
-        return [self._dataset[index] for index in batch]
+def _fetch_each(dataset: Any, batch: Sequence[int]) -> list:
+    return [dataset[index] for index in batch]
 
 
-class LazyIterator:
+def lazy_iterator(loader: DataLoader, skip: int = 0) -> Generator:
     """MMEngine's endless iterator over a loader, built when the first batch is needed: only then workers start.
 
     Args:
         loader: The training loader.
-        skip: Number of first batches for which ``None`` is returned without loading them. When MMEngine's loop
-            resumes, it asks for the batches before its place and drops them.
+        skip: How often ``None`` is returned first. When MMEngine's loop resumes, it asks for the batches before its
+            place and drops them.
     """
-
-    def __init__(self, loader: DataLoader, skip: int = 0) -> None:
-        self._loader, self._skip = loader, skip
-        self._iterator: Iterator | None = None
-
-    def __iter__(self) -> LazyIterator:
-        return self
-
-    def __next__(self) -> Any:
-        if self._skip:
-            self._skip -= 1
-            return None
-        if self._iterator is None:
-            self._iterator = _InfiniteDataloaderIterator(self._loader)
-        return next(self._iterator)
+    yield from itertools.repeat(None, skip)
+    yield from _InfiniteDataloaderIterator(loader)
 
 
 class WorkerInit:
