@@ -24,7 +24,7 @@ from vheat_mm import VHeat
 from vheat_mm.checkpoint.io import pickle_inspector as pickle_check
 from vheat_mm.checkpoint.io import read_checkpoint
 from vheat_mm.checkpoint.verify import verify_file
-from vheat_mm.engine import fileio
+from vheat_mm.engine import fileio as safe_io
 from vheat_mm.models.load_weights import load_pretrained
 from vheat_mm.models.weights import find_weights
 from vheat_mm.utils.errors import CheckpointError
@@ -75,7 +75,7 @@ class Loaders:
         self.out = out
         self.model = VHeat(arch=ARCH, img_size=64)
         self.reached = 0  # calls of PyTorch's loader
-        fileio.install()
+        safe_io.install()
         load = torch.load
 
         def counted(*arguments: Any, **options: Any) -> Any:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
@@ -97,6 +98,18 @@ class CountedScore(BaseMetric):
     def compute_metrics(self, results):
         type(self).runs += 1
         return dict(score=float(self.runs))
+
+
+@OPTIM_WRAPPERS.register_module()
+class CPUScaledOptimWrapper(AmpOptimWrapper):
+    """``AmpOptimWrapper`` cannot be built without a GPU; its loss scaler works on the CPU, too."""
+
+    def __init__(self, init_scale=1024.0, dynamic=True, use_fsdp=False, **kwargs):
+        OptimWrapper.__init__(self, **kwargs)
+        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=init_scale)
+        self._scale_update_param = None if dynamic else init_scale
+
+    optim_context = OptimWrapper.optim_context
 
 
 DISTRIBUTED = dict(

@@ -186,7 +186,7 @@ class Mislabel:
     assert all(f'{where}) is left out' in line and f'label {value} ' in line for line in lines)
 
 
-CORRUPT = {
+CORRUPT_CONFIG = {
     'detection': """
 bad = dict(data_root={root!r}, ann_file='annotations/images.json', data_prefix=dict(img='images/'))
 val_evaluator = dict(ann_file={root!r} + '/annotations/images.json')
@@ -205,13 +205,13 @@ train_cfg = dict(max_epochs=2, val_interval=1)
 }
 
 
-@pytest.mark.parametrize('task', CORRUPT)
+@pytest.mark.parametrize('task', CORRUPT_CONFIG)
 def test_broken_samples_are_skipped_in_training_and_validation(tmp_path, data, task, capfd):
     """All kinds of corrupt images and label maps at once, in the data of both; the log names their paths."""
     pytest.importorskip(dict(detection='mmdet', segmentation='mmseg', classification='mmpretrain')[task])
     make = dict(detection=make_biting_coco, segmentation=make_biting_ade, classification=make_biting_folder)[task]
     make(tmp_path / 'bad')
-    extra = CORRUPT[task].replace('{root!r}', repr(str(tmp_path / 'bad')))
+    extra = CORRUPT_CONFIG[task].replace('{root!r}', repr(str(tmp_path / 'bad')))
     extra += "train_dataloader['dataset'].update(bad)\nval_dataloader['dataset'].update(bad)\n"
     if task == 'segmentation':
         extra += "train_pipeline.insert(2, dict(type='Resize', scale=(64, 64)))\n"

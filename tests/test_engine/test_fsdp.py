@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 from mmengine.model import BaseModel
-from mmengine.optim import AmpOptimWrapper, OptimWrapper
-from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPERS
+from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import FlexibleRunner, Runner
 from mmengine.structures import BaseDataElement
 from processes import finish, join, run_two
+from small_runs import CPUScaledOptimWrapper
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -19,9 +19,7 @@ from vheat_mm import VHeat
 from vheat_mm.checkpoint.io import read_checkpoint
 from vheat_mm.checkpoint.safe_globals import register_safe_globals
 from vheat_mm.engine.strategies.fsdp import FSDP, ShardedStrategy
-from vheat_mm.utils.torchvision import ensure_torchvision
 
-ensure_torchvision()
 register_safe_globals()
 TINY = dict(arch=dict(embed_dims=4, depths=(1, 1, 2, 1)), img_size=64)
 
@@ -62,18 +60,6 @@ class TinyClassifier(BaseModel):
         return dict(loss=loss)
 
 
-@OPTIM_WRAPPERS.register_module()
-class ScaledOnCPU(AmpOptimWrapper):
-    """``AmpOptimWrapper`` refuses to be built without a GPU; its loss scaler works anywhere."""
-
-    def __init__(self, init_scale=1024.0, use_fsdp=True, **kwargs):
-        OptimWrapper.__init__(self, **kwargs)
-        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=init_scale)
-        self._scale_update_param = None
-
-    optim_context = OptimWrapper.optim_context
-
-
 def config(work_dir, batch_size, epochs=2, broken=(-1, -1), **kwargs):
     return (
         dict(
@@ -107,7 +93,7 @@ def weights(model):
 def train_sharded(work_dir, scale=1024.0, **kwargs):
     settings = config(work_dir, 2, strategy=dict(type='ShardedStrategy'), launcher='pytorch', **kwargs)
     if scale:
-        settings['optim_wrapper'] |= dict(type='ScaledOnCPU', init_scale=scale)
+        settings['optim_wrapper'] |= dict(type=CPUScaledOptimWrapper, init_scale=scale)
     runner = FlexibleRunner(**settings)
     runner.train()
     units = sum(isinstance(module, FSDP) for module in runner.model.modules())

@@ -10,11 +10,12 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.optim import AmpOptimWrapper, ApexOptimWrapper, OptimWrapper, OptimWrapperDict
-from mmengine.registry import DATASETS, HOOKS, MODELS, OPTIM_WRAPPERS
+from mmengine.optim import ApexOptimWrapper, OptimWrapper, OptimWrapperDict
+from mmengine.registry import DATASETS, HOOKS, MODELS
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from processes import finish, join, run_two
+from small_runs import CPUScaledOptimWrapper
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -22,9 +23,7 @@ from vheat_mm.checkpoint.safe_globals import register_safe_globals
 from vheat_mm.engine.hooks.non_finite_guard_hook import NonFiniteGuardHook, image_names
 from vheat_mm.engine.optimizers.step_guard import are_finite
 from vheat_mm.utils.errors import NonFiniteError
-from vheat_mm.utils.torchvision import ensure_torchvision
 
-ensure_torchvision()
 register_safe_globals()
 
 
@@ -69,18 +68,6 @@ class NormedLine(BaseModel):
         if 'gradient' in faults:  # of the root of zero
             losses['loss_line'] = losses['loss_line'] + (self.backbone[0].weight * 0).square().sum().sqrt()
         return losses
-
-
-@OPTIM_WRAPPERS.register_module()
-class CPUScaledOptimWrapper(AmpOptimWrapper):
-    """``AmpOptimWrapper`` refuses to be built without a GPU; its loss scaler works anywhere."""
-
-    def __init__(self, init_scale=4.0, dynamic=True, **kwargs):
-        OptimWrapper.__init__(self, **kwargs)
-        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=init_scale)
-        self._scale_update_param = None if dynamic else init_scale
-
-    optim_context = OptimWrapper.optim_context
 
 
 @HOOKS.register_module()
@@ -141,7 +128,7 @@ def assert_same(found, expected):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-WRAPPERS = [{}, dict(accumulative_counts=2), dict(type='CPUAmpOptimWrapper'), dict(type='CPUScaledOptimWrapper')]
+WRAPPERS = [{}, dict(accumulative_counts=2), dict(type='CPUAmpOptimWrapper'), dict(type=CPUScaledOptimWrapper)]
 
 
 @pytest.mark.parametrize('wrapper', WRAPPERS, ids=str)
@@ -242,7 +229,7 @@ def test_resuming_continues_the_count(tmp_path):
 
 def test_scaler_backoff_is_no_failure(tmp_path):
     """Gradients of 2^124 and more overflow; halving the scale ends that and does not count for patience."""
-    wrapper = dict(type='CPUScaledOptimWrapper', init_scale=2.0**127)
+    wrapper = dict(type=CPUScaledOptimWrapper, init_scale=2.0**127)
     runner = make_runner(tmp_path, rows=range(40), wrapper=wrapper, patience=1)
     runner.train()
     skipped = runner.message_hub.get_scalar('train/steps_skipped_by_scaler').current()
@@ -257,7 +244,7 @@ def test_scaler_backoff_is_no_failure(tmp_path):
 def test_gradients_that_are_non_finite_at_any_scale_are_failures(tmp_path, dynamic):
     """From 8 the scale may be halved twice and stay above 1; a fixed scale is not lowered."""
     faults = dict.fromkeys(range(4, 40, 2), 'gradient')
-    wrapper = dict(type='CPUScaledOptimWrapper', init_scale=8.0, dynamic=dynamic)
+    wrapper = dict(type=CPUScaledOptimWrapper, init_scale=8.0, dynamic=dynamic)
     runner = make_runner(tmp_path, rows=range(40), wrapper=wrapper, faults=faults)
     with pytest.raises(NonFiniteError, match=rf'The last: iteration {7 if dynamic else 5}: '):
         runner.train()
@@ -265,7 +252,7 @@ def test_gradients_that_are_non_finite_at_any_scale_are_failures(tmp_path, dynam
 
 
 def test_a_non_finite_loss_is_a_failure_with_a_scaler_too(tmp_path):
-    runner = make_runner(tmp_path, faults={4: 'pixel'}, wrapper=dict(type='CPUScaledOptimWrapper', init_scale=1024.0))
+    runner = make_runner(tmp_path, faults={4: 'pixel'}, wrapper=dict(type=CPUScaledOptimWrapper, init_scale=1024.0))
     runner.train()
     assert runner.message_hub.get_scalar('train/skipped_steps').current() == 1
     assert all(v.isfinite().all() for v in state(runner))

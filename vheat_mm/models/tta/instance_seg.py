@@ -90,17 +90,10 @@ class InstanceSegTTAModel(BaseTTAModel):
 
     def merge_preds(self, data_samples_list: Sequence[Sequence]) -> list:
         """Merge predictions of detectors without masks: by image and view -> by image."""
-        return [self._merged_sample(samples, self._merge_samples(samples)) for samples in data_samples_list]
-
-    def _merge_samples(self, samples: Sequence) -> InstanceData:
-        found = [_in_image(sample.pred_instances, sample.metainfo) for sample in samples]
-        return merge_boxes(found, self.iou_threshold, self.max_per_img)
-
-    @staticmethod
-    def _merged_sample(samples: Sequence, prediction: InstanceData):
-        sample = samples[0]
-        sample.pred_instances = prediction
-        return sample
+        for samples in data_samples_list:
+            found = [_in_image(sample.pred_instances, sample.metainfo) for sample in samples]
+            samples[0].pred_instances = merge_boxes(found, self.iou_threshold, self.max_per_img)
+        return [samples[0] for samples in data_samples_list]
 
     def _merge_boxes(self, views: list[View]) -> list:
         return self.merge_preds(list(zip(*(self.module.test_step(view) for view in views), strict=True)))
@@ -133,10 +126,9 @@ class InstanceSegTTAModel(BaseTTAModel):
         for view in views:
             of_view = self._roi_masks(view, merged)
             totals = [a + b for a, b in zip(totals, of_view, strict=True)] if totals else of_view
-        return [
-            self._merged_sample([sample], self._paste(result, total / len(views), sample.metainfo))
-            for sample, result, total in zip(samples, merged, totals, strict=True)
-        ]
+        for sample, result, total in zip(samples, merged, totals, strict=True):
+            sample.pred_instances = self._paste(result, total / len(views), sample.metainfo)
+        return samples
 
     def _features(self, view: View) -> tuple[Any, list]:
         data = self.module.data_preprocessor(view, False)
