@@ -1,5 +1,10 @@
 """Shared by all tests: golden numbers, small models, quiet logs."""
 
+import os
+
+# Before torch is imported. For small tensors, threads cost more time than they save, on a busy machine ten times more.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 import logging
 from collections.abc import Callable
 from pathlib import Path

@@ -1,21 +1,23 @@
-"""Start processes of a tool with torchrun, for dist_train.sh and dist_test.sh.
+"""For dist_train.sh and dist_test.sh: start the processes of a tool with torchrun.
 
-    python tools/dist_run.py GPUS SCRIPT [arguments of SCRIPT]
+    python tools/dist_run.py train CONFIG GPUS [options of tools/train.py]
+    python tools/dist_run.py test CONFIG CHECKPOINT GPUS [options of tools/test.py]
 
-Machines are described as everywhere in OpenMMLab, by the environment: NNODES (default 1), NODE_RANK (0),
-MASTER_ADDR (127.0.0.1), PORT (a free one; 29500 over several machines). Two more turn on torchrun's elasticity:
+Environment variables for several machines, as in OpenMMLab: NNODES (default 1), NODE_RANK (0), MASTER_ADDR
+(127.0.0.1), PORT (a free one; 29500 for several machines). PYTHON names the interpreter. For torchrun's elasticity:
 
-    MAX_RESTARTS=3   start all processes again, at most so often, where one of them has died; training resumes by itself
-    NNODES=1:4       go on with as many machines as there are, within these bounds; needs --resume, and no NODE_RANK;
-                     MAX_RESTARTS is 3 where it is not set
+    MAX_RESTARTS=3   restart all processes, at most so often, if one of them dies; training resumes
+    NNODES=1:4       run on the available machines, whose number may change within these bounds; needs --resume and no
+                     NODE_RANK; MAX_RESTARTS is then 3 by default
 
-Exits with the status of the process that failed first; with 75 where SIGTERM ended a training that has saved its
-state. torchrun's own report, a traceback, is left out: the process has said already why it ended.
+The exit status is that of the process that failed first, or 75 if SIGTERM ended a training that saved its state.
+torchrun's own traceback is not shown, because the process has printed its error.
 """
 
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import struct
@@ -28,23 +30,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-USER_ERROR = 2  # a tool ended with a message of its own
-REQUEUE = 75  # training ended on SIGTERM, and has saved its state
+# Exit statuses of vheat_mm.apis.errors and vheat_mm.utils.errors; without torch those cannot be imported.
+USER_ERROR, REQUEUE = 2, 75
 SIOCGIFADDR = 0x8915  # of netdevice(7)
-SECONDS_TO_SAVE = 600  # after SIGTERM; the scheduler that sent it decides in the end
+SECONDS_TO_SAVE = 600  # after SIGTERM; a scheduler may send SIGKILL before
 
 
 def torchrun_options(processes: int, command: list[str]) -> list[str]:
-    """Options of torchrun from the environment. Raises ValueError where they make no sense."""
+    """Options of torchrun from the environment. Raises ValueError for wrong values."""
     least, most = _bounds(os.environ.get('NNODES') or '1')
     rank, port, restarts = (_number(name) for name in ('NODE_RANK', 'PORT', 'MAX_RESTARTS'))
     if least != most:
-        if not _resumes_by_itself(command):
+        if not _resumes_automatically(command):
             raise ValueError(
-                f'NNODES={least}:{most}: add --resume, without a path, so that machines that join later start where '
-                'the others are'
+                f'NNODES={least}:{most}: add --resume, without a path, so that machines that join later continue from '
+                'the same checkpoint'
             )
-        restarts = 3 if restarts is None else restarts  # the end of a machine is one, to the others
+        restarts = 3 if restarts is None else restarts  # the other machines restart when one leaves
     if (rank or 0) >= most:
         raise ValueError(f'NNODES={most} and NODE_RANK={rank}: ranks run from 0 to NNODES - 1')
     address = os.environ.get('MASTER_ADDR') or ('127.0.0.1' if most == 1 else '')
@@ -53,31 +55,31 @@ def torchrun_options(processes: int, command: list[str]) -> list[str]:
     port = port or (free_port() if most == 1 else 29500)
     here = this_address(address)
     if most > 1 and (interface := interface_of(here)):
-        # Gloo looks its own name up instead, which in a container gives the loopback, or nothing.
+        # By default, gloo uses the address of the host name, which in a container is the loopback or unknown.
         os.environ.setdefault('GLOO_SOCKET_IFNAME', interface)
     options = [
         *('--nproc_per_node', str(processes), '--max_restarts', str(restarts or 0)),
-        # Once a process has ended, the others must end before they complain of it (they wait two seconds).
+        # If a process fails, torchrun must end the others before they report the lost connection (after two seconds).
         *('--monitor_interval', '0.5'),
     ]
-    if restarts or least != most:  # a rendezvous that can be held again
-        # Else PyTorch 2.13 keeps one store for all rounds. Processes that start again read in it the addresses of those
-        # that have ended, and wait for them; a machine that joins later waits for one that is never published.
+    if restarts or least != most:  # a rendezvous that can be repeated
+        # Otherwise PyTorch 2.13 shares one store among all rounds: restarted processes read the addresses of the ended
+        # ones in it and wait for them, and a machine that joins later waits forever.
         os.environ.setdefault('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')
         if rank is not None:
             is_host = [f'is_host={int(rank == 0)}']
-        else:  # torchrun finds out by this machine's name; where that has no address, it would fail
+        else:  # torchrun compares host names, which fails if this machine's name has no address
             is_host = [] if _has_address(socket.gethostname()) else [f'is_host={int(_has_address(address, here))}']
         configuration = ','.join([*is_host, 'join_timeout=600', 'last_call_timeout=5'])
         rendezvous = ('--rdzv_backend', 'c10d', '--rdzv_endpoint', f'{address}:{port}', '--rdzv_id', f'vheat-{port}')
-        # The others are told this address, not this machine's name.
+        # Other machines connect to this address instead of the host name.
         own = ('--local_addr', here)
         return [*options, '--nnodes', f'{least}:{most}', *own, *rendezvous, '--rdzv_conf', configuration]
     static = ('--node_rank', str(rank or 0), '--master_addr', address, '--master_port', str(port))
     return [*options, '--nnodes', str(most), *static]
 
 
-def _resumes_by_itself(command: list[str]) -> bool:
+def _resumes_automatically(command: list[str]) -> bool:
     if '--resume' not in command:
         return False
     following = command[command.index('--resume') + 1 :]
@@ -87,7 +89,7 @@ def _resumes_by_itself(command: list[str]) -> bool:
 def _bounds(nodes: str) -> tuple[int, int]:
     parts = nodes.split(':')
     if len(parts) > 2 or not all(part.isdecimal() for part in parts) or not 1 <= int(parts[0]) <= int(parts[-1]):
-        raise ValueError(f'NNODES={nodes!r} is neither a number of machines nor bounds such as 1:4')
+        raise ValueError(f'NNODES={nodes!r} must be a number of machines or bounds such as 1:4')
     return int(parts[0]), int(parts[-1])
 
 
@@ -99,17 +101,17 @@ def _number(name: str) -> int | None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """An unused port of this machine."""
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         return probe.getsockname()[1]
 
 
 def this_address(master: str) -> str:
-    """The address that this machine has on its way to ``master``; nothing is sent.
+    """The address from which this machine reaches ``master``; nothing is sent.
 
     Raises:
-        ValueError: There is no such machine, or no way to it.
+        ValueError: The machine is unknown or cannot be reached.
     """
     try:
         family, *_, target = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
@@ -127,7 +129,10 @@ def interface_of(address: str) -> str | None:
     import fcntl
 
     for _, name in socket.if_nameindex():
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):  # has no address
+        with (
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe,
+            contextlib.suppress(OSError),
+        ):  # no address
             entry = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack('256s', name.encode()))
             if socket.inet_ntoa(entry[20:24]) == address:
                 return name
@@ -143,7 +148,7 @@ def _has_address(name: str, address: str | None = None) -> bool:
 
 
 def share_cores(processes: int) -> None:
-    """Divide this machine's cores among its processes, unless the user did; torchrun gives each one thread."""
+    """Divide the cores among the processes unless OMP_NUM_THREADS is set; torchrun would give each one thread."""
     affinity = getattr(os, 'sched_getaffinity', None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, cores // processes)))
@@ -157,11 +162,11 @@ def run(options: list[str]) -> int:
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     except ModuleNotFoundError as error:
-        remedy = 'activate the environment, or name its interpreter: PYTHON=.venv/bin/python'
+        remedy = 'activate the environment, or set PYTHON to its interpreter: PYTHON=.venv/bin/python'
         print(f'error: {sys.executable} has no {error.name}; {remedy}', file=sys.stderr)
         return USER_ERROR
     args = torchrun.parse_args(options)
-    if hasattr(args, 'shutdown_timeout'):  # PyTorch >= 2.11 or so; before, 30 seconds
+    if hasattr(args, 'shutdown_timeout'):  # PyTorch >= 2.11 or so; 30 seconds in earlier versions
         args.shutdown_timeout = SECONDS_TO_SAVE
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
@@ -180,7 +185,7 @@ def run(options: list[str]) -> int:
 
 
 def status_of(rank: int, failure: 'ProcessFailure') -> int:
-    """Exit status for the process that failed first; says what it has not said itself."""
+    """Exit status for the process that failed first; prints an error if the process could not."""
     if failure.exitcode in (USER_ERROR, REQUEUE):
         return failure.exitcode
     if failure.exitcode < 0:
@@ -194,13 +199,21 @@ def status_of(rank: int, failure: 'ProcessFailure') -> int:
 
 def main() -> int:
     """Read the command line and the environment; returns the exit status."""
-    processes, *command = sys.argv[1:]
+    tool, *arguments = sys.argv[1:]
+    names = ['CONFIG', 'GPUS'] if tool == 'train' else ['CONFIG', 'CHECKPOINT', 'GPUS']
+    place = len(names) - 1
+    if len(arguments) <= place or not re.fullmatch('[1-9][0-9]*', arguments[place]):
+        usage = f'tools/dist_{tool}.sh {" ".join(names)} [options of tools/{tool}.py]'
+        print(f'usage: [NNODES= NODE_RANK= MASTER_ADDR= PORT=] {usage}', file=sys.stderr)
+        return USER_ERROR
+    processes = int(arguments.pop(place))
+    command = [str(Path(__file__).resolve().with_name(f'{tool}.py')), '--launcher', 'pytorch', *arguments]
     try:
-        options = torchrun_options(int(processes), command)
+        options = torchrun_options(processes, command)
     except ValueError as error:
         print(f'error: {error}', file=sys.stderr)
         return USER_ERROR
-    share_cores(int(processes))
+    share_cores(processes)
     return run([*options, *command])
 
 

@@ -3,14 +3,9 @@
 import sys
 from pathlib import Path
 
-try:
-    import vheat_mm  # noqa: F401
-except ModuleNotFoundError as error:  # not installed: take the package this file lies beside
-    if error.name != 'vheat_mm':
-        raise
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # if the package is not installed
 
-from vheat_mm.apis.train_test import leave, run_training
+from vheat_mm.apis.train_test import exit_process, run_training
 
 if __name__ == '__main__':
-    leave(run_training())
+    exit_process(run_training())

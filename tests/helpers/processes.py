@@ -1,37 +1,44 @@
-"""Two processes of a test, joined by gloo."""
+"""Processes of tests, forked from a server that has imported torch and MMEngine."""
 
+import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.utils.distributed import get_free_port
+
+_context = multiprocessing.get_context('forkserver')
+_context.set_forkserver_preload(['mmengine.runner', 'vheat_mm'])
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
+def run_alone(function: Callable, *arguments: object) -> int | None:
+    """Call a function in another process; returns its exit code."""
+    process = _context.Process(target=function, args=arguments)
+    process.start()
+    process.join(60)
+    return process.exitcode
 
 
 def join(rank: int, port: int) -> None:
-    """Join the other process; one that waits for another that never comes fails, and does not hang."""
+    """Join the other process; fails after a minute without it."""
     address = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', **address)
     torch.set_num_threads(1)
     dist.init_process_group('gloo', timeout=timedelta(seconds=60))
 
 
-def leave(result: object, rank: int, folder: Path) -> None:
-    """End this process, and leave its result for the test."""
+def finish(result: object, rank: int, folder: Path) -> None:
+    """Save the result for :func:`run_two` and end this process."""
     torch.save(result, folder / f'rank{rank}.pth')
     dist.destroy_process_group()
-    os._exit(0)  # gloo (PyTorch 2.13) may abort while the interpreter shuts down
+    os._exit(0)  # with gloo, PyTorch 2.13 may abort while the interpreter shuts down
 
 
 def run_two(function: Callable, folder: Path, *arguments: object) -> list:
-    """Call ``function(rank, port, folder, ...)``, which joins and leaves, in two processes; returns both results."""
-    torch.multiprocessing.spawn(function, (free_port(), folder, *arguments), nprocs=2)
+    """Call ``function(rank, port, folder, ...)``, which must join and finish, in two processes; returns the results."""
+    arguments = (get_free_port(), folder, *arguments)
+    torch.multiprocessing.start_processes(function, arguments, nprocs=2, start_method='forkserver')
     return [torch.load(folder / f'rank{rank}.pth') for rank in range(2)]

@@ -1,4 +1,4 @@
-"""A training of seconds on a model and data made of a few numbers, for the tests of hooks."""
+"""A short training of a very small model on random numbers, for the tests of hooks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch.distributed as dist
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
@@ -25,7 +26,7 @@ ensure_torchvision()  # MMEngine's runner imports it to report its version
 
 @DATASETS.register_module()
 class NoisyNumbers(Dataset):
-    """Items are (index, numpy noise, torch noise), as augmentation would draw them."""
+    """Samples of (index, numpy noise, torch noise); the noise stands for augmentation."""
 
     metainfo: dict = {}  # noqa: RUF012
 
@@ -50,7 +51,7 @@ class DropoutLine(BaseModel):
 
 @HOOKS.register_module()
 class RecordBatches(Hook):
-    """Keeps what the model was given."""
+    """Records the batches."""
 
     batches: list = []  # noqa: RUF012
 
@@ -60,7 +61,7 @@ class RecordBatches(Hook):
 
 @HOOKS.register_module()
 class DrawNumbers(Hook):
-    """Stands for anything that draws random numbers at its own times, such as a hook that picks images to log."""
+    """Draws random numbers, as a hook that picks images to log."""
 
     def __init__(self, count):
         self.count = count
@@ -71,7 +72,7 @@ class DrawNumbers(Hook):
 
 @HOOKS.register_module()
 class SignalItself(Hook):
-    """Sends this process a signal after an iteration, or in a validation."""
+    """Sends this process a signal after an iteration or in a validation."""
 
     def __init__(self, after=None, in_validation=None, number=signal.SIGTERM):
         self.after, self.in_validation, self.number = after, in_validation, number
@@ -87,7 +88,7 @@ class SignalItself(Hook):
 
 @METRICS.register_module()
 class CountedScore(BaseMetric):
-    """Better with each validation of a process, and counted."""
+    """A score that increases with each validation; counts them."""
 
     runs: int = 0
 
@@ -97,6 +98,18 @@ class CountedScore(BaseMetric):
     def compute_metrics(self, results):
         type(self).runs += 1
         return dict(score=float(self.runs))
+
+
+@OPTIM_WRAPPERS.register_module()
+class CPUScaledOptimWrapper(AmpOptimWrapper):
+    """``AmpOptimWrapper`` cannot be built without a GPU; its loss scaler works on the CPU, too."""
+
+    def __init__(self, init_scale=1024.0, dynamic=True, use_fsdp=False, **kwargs):
+        OptimWrapper.__init__(self, **kwargs)
+        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=init_scale)
+        self._scale_update_param = None if dynamic else init_scale
+
+    optim_context = OptimWrapper.optim_context
 
 
 DISTRIBUTED = dict(
@@ -128,12 +141,12 @@ def train(
     logged=10,
     seed=5,
 ):
-    """Train for ``length`` epochs of 4, or iterations, of 2 samples; returns the weights and the batches.
+    """Train for ``length`` iterations of 2 samples, or epochs of 4 iterations; returns weights and batches.
 
     Args:
-        resume: A checkpoint, or True for the newest.
-        drawn: Numbers that another hook draws after each iteration.
-        checkpoint: Changes to the checkpoint hook.
+        resume: A checkpoint, or True for the newest one.
+        drawn: How many numbers another hook draws after each iteration.
+        checkpoint: Changes of the checkpoint hook's config.
         validate: Interval, 0 for never.
         send: Arguments of SignalItself.
     """
@@ -146,7 +159,7 @@ def train(
         val_evaluator=dict(type='CountedScore'),
     )
     hook = dict(type='CheckpointHook', interval=1 if by_epoch else 3, by_epoch=by_epoch)
-    with mock.patch.object(Runner, '_log_env'):  # asks compilers for their versions, each time
+    with mock.patch.object(Runner, '_log_env'):  # runs compilers to get their versions
         runner = Runner(
             model=dict(type='DropoutLine'),
             work_dir=str(work_dir),
@@ -173,9 +186,10 @@ def train(
             log_level='ERROR',
             experiment_name=f'{next(_counter)}',  # MMEngine keeps loggers by name
         )
-    # Workers end now: later, the garbage collector would wait for them.
+    # Workers are ended explicitly: the garbage collector would wait for them later.
     try:
-        runner.train()
+        with mock.patch('mmengine.runner.loops.time'):  # MMEngine sleeps two seconds at the end of each pass
+            runner.train()
     except SystemExit as stop:
         raise stop.with_traceback(None) from None  # its frames hold iterators
     finally:

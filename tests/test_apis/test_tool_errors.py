@@ -1,4 +1,4 @@
-"""The tools where something is wrong: one message, and nothing lost."""
+"""Errors of the tools: one message, and no data is lost."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from corrupt_data import make_corrupt_ade, make_corrupt_coco, make_corrupt_folde
 from tool_runs import (
     TOOLS,
     assert_message,
-    in_process,
+    call,
+    call_failing,
     kill_after,
     run,
     weights,
@@ -44,7 +46,7 @@ def test_bad_settings(tmp_path, data, monkeypatch, capfd, options, words):
     pytest.importorskip('mmdet')
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path, 'detection', data)
-    message = in_process(capfd, run_training, 'detection.py', '--cfg-options', *options)
+    message = call_failing(capfd, run_training, 'detection.py', '--cfg-options', *options)
     for word in words:
         assert word in message
 
@@ -57,7 +59,7 @@ def test_bad_category_id(tmp_path, data, monkeypatch, capfd):
     (tmp_path / 'bad.json').write_text(json.dumps(content))
     write_config(tmp_path, 'detection', data)
     option = f'train_dataloader.dataset.ann_file={tmp_path}/bad.json'
-    message = in_process(capfd, run_training, 'detection.py', '--cfg-options', option)
+    message = call_failing(capfd, run_training, 'detection.py', '--cfg-options', option)
     assert 'annotation 5 of image 2 has category_id=9' in message
 
 
@@ -75,13 +77,13 @@ def test_bad_config(tmp_path, monkeypatch, capfd, text, words):
     monkeypatch.chdir(tmp_path)
     if text is not None:
         (tmp_path / 'bad.py').write_text(text)
-    message = in_process(capfd, run_training, 'bad.py')
+    message = call_failing(capfd, run_training, 'bad.py')
     for word in words:
         assert word in message
 
 
 def test_bad_checkpoint(detector, segmentor, monkeypatch, capfd):
-    """Missing, truncated, of code, of another width, of another task, without training state; for all uses."""
+    """Missing, truncated, with code, of another width, of another task, without training state; test and resume."""
     monkeypatch.chdir(detector)
     good = (detector / 'run' / 'epoch_2.pth').read_bytes()
     Path('truncated.pth').write_bytes(good[: len(good) // 2])
@@ -90,17 +92,17 @@ def test_bad_checkpoint(detector, segmentor, monkeypatch, capfd):
     uses = (run_testing, []), (run_training, ['--resume'])
     for name, word in (('none.pth', 'none.pth'), ('truncated.pth', 'truncated'), ('code.pth', 'touch')):
         for tool, flag in uses:
-            message = in_process(capfd, tool, 'detection.py', *flag, name)
+            message = call_failing(capfd, tool, 'detection.py', *flag, name)
             assert name in message
             assert word in message or 'code' in message
     assert not Path('touched').exists()
-    assert 'training state' in in_process(capfd, run_training, 'detection.py', '--resume', 'weights.pth')
+    assert 'training state' in call_failing(capfd, run_training, 'detection.py', '--resume', 'weights.pth')
     wider = ['--cfg-options', 'model.backbone.arch.embed_dims=16', 'model.neck.in_channels=[16,32,64,128]']
-    message = in_process(capfd, run_testing, 'detection.py', 'run/epoch_2.pth', *wider)
+    message = call_failing(capfd, run_testing, 'detection.py', 'run/epoch_2.pth', *wider)
     assert 'embed_dims=8' in message
     assert 'embed_dims=16' in message
     other_task = segmentor / 'run' / 'iter_4.pth'
-    assert 'decode_head' in in_process(capfd, run_testing, 'detection.py', other_task)
+    assert 'decode_head' in call_failing(capfd, run_testing, 'detection.py', other_task)
 
 
 class Exploit:
@@ -111,14 +113,14 @@ class Exploit:
 def test_flags_that_do_not_fit(detector, segmentor, monkeypatch, capfd):
     monkeypatch.chdir(detector)
     test = ('detection.py', 'run/epoch_2.pth')
-    assert '.pkl' in in_process(capfd, run_testing, *test, '--out', 'results.json')
+    assert '.pkl' in call_failing(capfd, run_testing, *test, '--out', 'results.json')
     monkeypatch.delenv('DISPLAY', raising=False)
     monkeypatch.delenv('WAYLAND_DISPLAY', raising=False)
-    assert '--show-dir' in in_process(capfd, run_testing, *test, '--show')
-    assert 'dist_' in in_process(capfd, run_testing, *test, '--launcher', 'pytorch')
+    assert '--show-dir' in call_failing(capfd, run_testing, *test, '--show')
+    assert 'dist_' in call_failing(capfd, run_testing, *test, '--launcher', 'pytorch')
     no_base = ['--auto-scale-lr', '--cfg-options', 'auto_scale_lr=None']
-    assert 'base_batch_size' in in_process(capfd, run_training, 'detection.py', *no_base)
-    assert 'no tta_pipeline' in in_process(
+    assert 'base_batch_size' in call_failing(capfd, run_training, 'detection.py', *no_base)
+    assert 'no tta_pipeline' in call_failing(
         *(capfd, run_testing, segmentor / 'segmentation.py', segmentor / 'run' / 'iter_4.pth', '--tta'),
         *('--cfg-options', 'tta_pipeline=None'),
     )
@@ -127,27 +129,32 @@ def test_flags_that_do_not_fit(detector, segmentor, monkeypatch, capfd):
     assert 'KEY=VALUE' in capfd.readouterr().err
 
 
-def test_full_disk_leaves_earlier_checkpoints(classifier):
-    """A file limit stands for the full disk: the first checkpoint fits, the larger second one does not."""
+def test_full_disk_keeps_earlier_checkpoints(classifier, capfd):
+    """A limit on the file size stands for the full disk: the second checkpoint is larger."""
     killed = kill_after(classifier / 'work_dirs' / 'classification', 'epoch_1.pth', classifier / 'full')
     before = (killed / 'epoch_1.pth').read_bytes()
-    limit = len(before) // 2048  # ulimit counts KiB
-    command = f'ulimit -f {limit} && "$PYTHON" "{TOOLS}/train.py" classification.py --work-dir full --resume'
-    done = run('bash', '-c', command, cwd=classifier, check=False)
-    assert_message(done, 'epoch_2.pth', 'too large')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        options = ('--work-dir', 'full', '--resume')
+        message = call_failing(capfd, run_training, 'classification.py', *options, cwd=classifier)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 'epoch_2.pth' in message
+    assert 'too large' in message
     assert (killed / 'epoch_1.pth').read_bytes() == before
     assert [path.name for path in killed.glob('*epoch*')] == ['epoch_1.pth']
 
 
-def test_failure_of_many_processes_is_told_once(tmp_path):
-    done = run(TOOLS / 'dist_train.sh', 'none.py', 3, cwd=tmp_path, check=False)
+def test_error_of_all_processes_is_printed_once(tmp_path):
+    done = run(TOOLS / 'dist_train.sh', 'none.py', 2, cwd=tmp_path, check=False)
     assert_message(done, 'none.py')
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(('value', 'where', 'status'), [('7', '3.png', 0), ('-1', '.png', 2)])
 def test_labels_outside_num_classes(tmp_path, data, value, where, status):
-    """One image with such a label is left out, whichever process and worker loads it; all of them end the run."""
+    """One image with such a label is skipped in all processes and workers; if all images have it, the run ends."""
     pytest.importorskip('mmdet')
     write_config(tmp_path, 'detection', data)
     code = f"""
@@ -169,13 +176,13 @@ class Mislabel:
         assert done.returncode == 2
         assert 'Traceback' not in done.stderr
         messages = re.findall(r'^error: .*$', done.stderr, flags=re.MULTILINE)
-        assert messages  # of each process that met ten of its own before the other ended
+        assert messages  # of each process that reached ten before the other one ended it
         for word in ('10 samples in a row', f'label {value} ', 'num_classes=2', 'check_dataset.py'):
             assert all(word in message for message in messages)
         return
     assert done.returncode == 0
     lines = [line for line in (done.stdout + done.stderr).splitlines() if 'is left out' in line]
-    assert len(lines) >= 2  # once an epoch, and where it is drawn to replace itself
+    assert len(lines) >= 2  # once per epoch, and where it is drawn to replace itself
     assert all(f'{where}) is left out' in line and f'label {value} ' in line for line in lines)
 
 
@@ -199,8 +206,8 @@ train_cfg = dict(max_epochs=2, val_interval=1)
 
 
 @pytest.mark.parametrize('task', CORRUPT_CONFIG)
-def test_broken_samples_end_neither_training_nor_validation(tmp_path, data, task):
-    """Every fault of images and label maps at once, in the data of both: left out by path."""
+def test_broken_samples_are_skipped_in_training_and_validation(tmp_path, data, task, capfd):
+    """All kinds of corrupt images and label maps at once, in the data of both; the log names their paths."""
     pytest.importorskip(dict(detection='mmdet', segmentation='mmseg', classification='mmpretrain')[task])
     make = dict(detection=make_corrupt_coco, segmentation=make_corrupt_ade, classification=make_corrupt_folder)[task]
     make(tmp_path / 'bad')
@@ -212,8 +219,8 @@ def test_broken_samples_end_neither_training_nor_validation(tmp_path, data, task
     if task == 'classification':
         extra += "pipeline[1:1] = [dict(type='Resize', scale=64), dict(type='CenterCrop', crop_size=64)]\n"
     write_config(tmp_path, task, data, extra)
-    done = run(TOOLS / 'train.py', f'{task}.py', '--work-dir', 'run', cwd=tmp_path)
-    lines = [line for line in done.stdout.splitlines() if 'is left out, another takes its place' in line]
+    call(run_training, f'{task}.py', '--work-dir', 'run', cwd=tmp_path)
+    lines = [line for line in capfd.readouterr().out.splitlines() if 'is left out, another takes its place' in line]
     named = {Path(found.group(1)).stem for line in lines if (found := re.search(r'\((/.*?)\) is left out', line))}
     always = {'missing', 'zero_bytes', 'no_image', 'truncated_png', 'damaged_png', 'bomb'}
     if task == 'segmentation':
@@ -227,6 +234,6 @@ def test_broken_samples_end_neither_training_nor_validation(tmp_path, data, task
         }
     assert always <= named
     assert not named & {'good_0', 'good_1', 'good_2', 'good_3', 'cmyk', 'grayscale', 'sixteen_bit', 'palette', 'alpha'}
-    # Fault by fault: validation reads each once, in order; training in passes.
+    # All of them, because validation reads each sample.
     assert lines
     assert all(len(line) < 800 for line in lines)

@@ -1,4 +1,4 @@
-"""FSDP on two processes without a GPU: the weights of a run in one process, resumed or not."""
+"""FSDP on two processes without a GPU gives the weights of one process, resumed or not."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 from mmengine.model import BaseModel
-from mmengine.optim import AmpOptimWrapper, OptimWrapper
-from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPERS
+from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import FlexibleRunner, Runner
 from mmengine.structures import BaseDataElement
-from processes import join, leave, run_two
+from processes import finish, join, run_two
+from small_runs import CPUScaledOptimWrapper
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -19,16 +19,14 @@ from vheat_mm import VHeat
 from vheat_mm.checkpoint.io import read_checkpoint
 from vheat_mm.checkpoint.safe_globals import register_safe_globals
 from vheat_mm.engine.strategies.fsdp import FSDP, ShardedStrategy
-from vheat_mm.utils.torchvision import ensure_torchvision
 
-ensure_torchvision()
 register_safe_globals()
 TINY = dict(arch=dict(embed_dims=4, depths=(1, 1, 2, 1)), img_size=64)
 
 
 @DATASETS.register_module()
 class RandomPictures(Dataset):
-    """Picture ``i`` is a function of i alone; of those numbered ``broken``, pixel and gradient are not finite."""
+    """Picture ``i`` depends on i alone; ``broken``: pictures with a non-finite pixel, and a non-finite gradient."""
 
     metainfo: dict = {}  # noqa: RUF012
 
@@ -60,18 +58,6 @@ class TinyClassifier(BaseModel):
         if any(s.gradient for s in sample):  # of one bias alone, which one process holds
             loss = loss + (self.head.bias * 0).square().sum().sqrt()
         return dict(loss=loss)
-
-
-@OPTIM_WRAPPERS.register_module()
-class ScaledOnCPU(AmpOptimWrapper):
-    """``AmpOptimWrapper`` refuses to be built without a GPU; its loss scaler works anywhere."""
-
-    def __init__(self, init_scale=1024.0, use_fsdp=True, **kwargs):
-        OptimWrapper.__init__(self, **kwargs)
-        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=init_scale)
-        self._scale_update_param = None
-
-    optim_context = OptimWrapper.optim_context
 
 
 def config(work_dir, batch_size, epochs=2, broken=(-1, -1), **kwargs):
@@ -107,7 +93,7 @@ def weights(model):
 def train_sharded(work_dir, scale=1024.0, **kwargs):
     settings = config(work_dir, 2, strategy=dict(type='ShardedStrategy'), launcher='pytorch', **kwargs)
     if scale:
-        settings['optim_wrapper'] |= dict(type='ScaledOnCPU', init_scale=scale)
+        settings['optim_wrapper'] |= dict(type=CPUScaledOptimWrapper, init_scale=scale)
     runner = FlexibleRunner(**settings)
     runner.train()
     units = sum(isinstance(module, FSDP) for module in runner.model.modules())
@@ -123,7 +109,7 @@ def in_process(rank, port, folder):
     start = dict(resume=True, load_from=str(folder / 'full' / 'epoch_1.pth'))
     results['resumed'] = train_sharded(folder / 'resumed', scale=2.0, **start)
     results['broken'] = train_sharded(folder / 'broken', scale=None, broken=(5, 12), epochs=1)
-    leave(results, rank, folder)
+    finish(results, rank, folder)
 
 
 @pytest.fixture(scope='module')
@@ -139,7 +125,7 @@ def assert_close(found, expected, tolerance):
 
 
 def test_the_weights_are_those_of_one_process(two_processes, tmp_path):
-    """Each process holds half of them; a stage is a unit, and the whole model is."""
+    """Each process holds half of them; the units are the stages and the whole model."""
     _, results = two_processes
     runner = Runner(**config(tmp_path, 4))
     before = weights(runner.model)
@@ -158,11 +144,11 @@ def test_resumed_training_equals_uninterrupted(two_processes):
     _, results = two_processes
     for own in results:
         assert_close(own['resumed']['weights'], own['full']['weights'], 0)
-        assert own['resumed']['scale'] == 1024  # of the loss, which began with 2
+        assert own['resumed']['scale'] == 1024  # not the initial scale 2
 
 
-def test_checkpoints_are_those_of_any_run(two_processes):
-    """Whole, and read by the loader that takes tensors only."""
+def test_checkpoints_hold_full_weights(two_processes):
+    """The safe loader reads them."""
     folder, results = two_processes
     checkpoint = read_checkpoint(folder / 'full' / 'epoch_2.pth')
     assert_close(checkpoint['state_dict'], TinyClassifier().state_dict() | results[0]['full']['weights'], 0)
@@ -170,7 +156,7 @@ def test_checkpoints_are_those_of_any_run(two_processes):
 
 
 def test_a_step_is_skipped_in_both_processes(two_processes):
-    """Processes hold different gradients, and must agree, also where only one sees what is not finite."""
+    """Also if the gradients of only one process are not finite."""
     folder, results = two_processes
     lines = [line for file in (folder / 'broken').glob('*/*.log') for line in file.read_text().splitlines()]
     lines = [line for line in lines if 'finite' in line]
@@ -185,6 +171,6 @@ def test_a_step_is_skipped_in_both_processes(two_processes):
 @pytest.mark.parametrize(
     'kwargs', [dict(state_dict_cfg='local'), dict(model_wrapper=dict(use_orig_params=False))], ids=str
 )
-def test_what_does_not_work_is_refused(kwargs):
+def test_unsupported_options_are_refused(kwargs):
     with pytest.raises(ValueError, match='ShardedStrategy'):
         ShardedStrategy(**kwargs)

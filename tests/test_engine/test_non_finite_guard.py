@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite, in models and data made of a few numbers."""
+"""NaN and infinite losses and gradients, with very small models."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.optim import AmpOptimWrapper, ApexOptimWrapper, OptimWrapper, OptimWrapperDict
-from mmengine.registry import DATASETS, HOOKS, MODELS, OPTIM_WRAPPERS
+from mmengine.optim import ApexOptimWrapper, OptimWrapper, OptimWrapperDict
+from mmengine.registry import DATASETS, HOOKS, MODELS
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
-from processes import join, leave, run_two
+from processes import finish, join, run_two
+from small_runs import CPUScaledOptimWrapper
 from torch import nn
 from torch.utils.data import Dataset
 
 from vheat_mm.checkpoint.safe_globals import register_safe_globals
-from vheat_mm.engine.hooks.non_finite_guard_hook import NonFiniteGuardHook, are_finite, image_names
-from vheat_mm.engine.optimizers import cpu_amp as cpu_amp  # registers the optimizer wrapper
+from vheat_mm.engine.hooks.non_finite_guard_hook import NonFiniteGuardHook, image_names
+from vheat_mm.engine.optimizers.step_guard import are_finite
 from vheat_mm.utils.errors import NonFiniteError
-from vheat_mm.utils.torchvision import ensure_torchvision
 
-ensure_torchvision()
 register_safe_globals()
 
 
 @DATASETS.register_module()
 class NumberedRows(Dataset):
-    """Row ``i`` is a function of i alone; ``faults`` says what is wrong with which row."""
+    """Row ``i`` depends on i alone; ``faults``: row -> what is wrong with it."""
 
     metainfo: dict = {}  # noqa: RUF012
 
@@ -71,21 +70,9 @@ class NormedLine(BaseModel):
         return losses
 
 
-@OPTIM_WRAPPERS.register_module()
-class CPUScaledOptimWrapper(AmpOptimWrapper):
-    """``AmpOptimWrapper`` refuses to be built without a GPU; its loss scaler works anywhere."""
-
-    def __init__(self, init_scale=4.0, dynamic=True, **kwargs):
-        OptimWrapper.__init__(self, **kwargs)
-        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=init_scale)
-        self._scale_update_param = None if dynamic else init_scale
-
-    optim_context = OptimWrapper.optim_context
-
-
 @HOOKS.register_module()
 class StateAfterEachStep(Hook):
-    """Keeps statistics as hooks of ordinary priority find them, such as EMAHook."""
+    """Records statistics at normal priority, as EMAHook reads them."""
 
     seen: list = []  # noqa: RUF012
 
@@ -141,7 +128,7 @@ def assert_same(found, expected):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-WRAPPERS = [{}, dict(accumulative_counts=2), dict(type='CPUAmpOptimWrapper'), dict(type='CPUScaledOptimWrapper')]
+WRAPPERS = [{}, dict(accumulative_counts=2), dict(type='CPUAmpOptimWrapper'), dict(type=CPUScaledOptimWrapper)]
 
 
 @pytest.mark.parametrize('wrapper', WRAPPERS, ids=str)
@@ -154,7 +141,7 @@ def test_finite_training_is_the_same_to_the_last_bit(tmp_path, wrapper):
 @pytest.mark.parametrize('fault', ['pixel', 'loss', 'gradient'])
 @pytest.mark.parametrize('wrapper', WRAPPERS[:3], ids=str)
 def test_a_skipped_step_leaves_no_trace(tmp_path, wrapper, fault):
-    """Weights, moments and statistics are those of a run that never saw the step's batches."""
+    """Weights, moments and statistics equal those of a run without the step's batches."""
     lost = range(4, 8) if 'accumulative_counts' in wrapper else (6, 7)
     rows = [row for row in range(12) if row not in lost]
     found = train(tmp_path / 'found', faults={6: fault}, wrapper=wrapper)
@@ -162,8 +149,8 @@ def test_a_skipped_step_leaves_no_trace(tmp_path, wrapper, fault):
 
 
 @pytest.mark.parametrize('wrapper', WRAPPERS[:2], ids=str)
-def test_averages_never_see_spoilt_statistics(tmp_path, wrapper):
-    """The first of two accumulated batches is spoilt: hooks run before the step is decided."""
+def test_averages_use_finite_statistics(tmp_path, wrapper):
+    """With accumulation, the first of two batches is not finite, and hooks run before the step is skipped."""
     ema = dict(type='EMAHook', update_buffers=True, momentum=0.5)
     runner = make_runner(tmp_path, faults={4: 'pixel'}, wrapper=wrapper, more_hooks=[ema])
     runner.train()
@@ -174,7 +161,7 @@ def test_averages_never_see_spoilt_statistics(tmp_path, wrapper):
 
 
 @pytest.mark.parametrize('hook', [True, False])
-def test_what_the_hook_is_for(tmp_path, hook):
+def test_without_the_hook_weights_become_nan(tmp_path, hook):
     found = train(tmp_path, faults={6: 'pixel'}, guard=hook)
     assert all(v.isfinite().all() for v in found) == hook
 
@@ -191,7 +178,7 @@ def test_the_log_names_losses_and_images(tmp_path):
     assert lines[2].endswith('step skipped, 3 so far, 1 in a row')
 
 
-def test_only_the_batch_at_fault_is_named_of_those_accumulated(tmp_path):
+def test_of_accumulated_batches_only_the_non_finite_one_is_named(tmp_path):
     train(tmp_path, faults={5: 'pixel'}, wrapper=dict(accumulative_counts=3))
     assert 'iteration 3: loss is not finite, loss_line=nan, loss_size=nan from row4.png, row5.png;' in log_of(tmp_path)
 
@@ -212,7 +199,7 @@ def test_patience(tmp_path):
     assert_same(state(runner), train(tmp_path / 'expected', rows=(0, 1, 6, 7)))
 
 
-def test_spoilt_weights_are_named(tmp_path):
+def test_non_finite_weights_are_named(tmp_path):
     runner = make_runner(tmp_path, patience=1)
     runner.model.head.bias.data.fill_(float('inf'))
     with pytest.raises(NonFiniteError, match=r'weights themselves are not finite: head.bias; go back'):
@@ -225,7 +212,7 @@ def test_patience_is_a_positive_integer(patience):
         NonFiniteGuardHook(patience)
 
 
-def test_resuming_goes_on_counting(tmp_path):
+def test_resuming_continues_the_count(tmp_path):
     checkpoints = dict(checkpoint=dict(type='CheckpointHook', interval=1))
     train(tmp_path / 'first', faults={4: 'pixel', 8: 'pixel'}, default_hooks=checkpoints)
     runner = make_runner(
@@ -240,9 +227,9 @@ def test_resuming_goes_on_counting(tmp_path):
 # --- loss scaling
 
 
-def test_a_scale_that_is_sought_is_no_failure(tmp_path):
-    """Gradients of 2^124 and more overflow; halving comes down to what works, and costs no patience."""
-    wrapper = dict(type='CPUScaledOptimWrapper', init_scale=2.0**127)
+def test_scaler_backoff_is_no_failure(tmp_path):
+    """Gradients of 2^124 and more overflow; halving the scale ends that and does not count for patience."""
+    wrapper = dict(type=CPUScaledOptimWrapper, init_scale=2.0**127)
     runner = make_runner(tmp_path, rows=range(40), wrapper=wrapper, patience=1)
     runner.train()
     skipped = runner.message_hub.get_scalar('train/steps_skipped_by_scaler').current()
@@ -254,18 +241,18 @@ def test_a_scale_that_is_sought_is_no_failure(tmp_path):
 
 
 @pytest.mark.parametrize('dynamic', [True, False])
-def test_gradients_that_no_scale_mends_are_failures(tmp_path, dynamic):
-    """From 8 the scale may be halved twice and stay above 1; one that is fixed is never sought."""
+def test_gradients_that_are_non_finite_at_any_scale_are_failures(tmp_path, dynamic):
+    """From 8 the scale may be halved twice and stay above 1; a fixed scale is not lowered."""
     faults = dict.fromkeys(range(4, 40, 2), 'gradient')
-    wrapper = dict(type='CPUScaledOptimWrapper', init_scale=8.0, dynamic=dynamic)
+    wrapper = dict(type=CPUScaledOptimWrapper, init_scale=8.0, dynamic=dynamic)
     runner = make_runner(tmp_path, rows=range(40), wrapper=wrapper, faults=faults)
     with pytest.raises(NonFiniteError, match=rf'The last: iteration {7 if dynamic else 5}: '):
         runner.train()
     assert 'train/steps_skipped_by_scaler' in runner.message_hub.log_scalars or not dynamic
 
 
-def test_a_loss_that_is_not_finite_is_no_matter_of_scale(tmp_path):
-    runner = make_runner(tmp_path, faults={4: 'pixel'}, wrapper=dict(type='CPUScaledOptimWrapper', init_scale=1024.0))
+def test_a_non_finite_loss_is_a_failure_with_a_scaler_too(tmp_path):
+    runner = make_runner(tmp_path, faults={4: 'pixel'}, wrapper=dict(type=CPUScaledOptimWrapper, init_scale=1024.0))
     runner.train()
     assert runner.message_hub.get_scalar('train/skipped_steps').current() == 1
     assert all(v.isfinite().all() for v in state(runner))
@@ -313,7 +300,7 @@ def test_each_of_several_optimizers_is_guarded(tmp_path):
     assert re.search(r'loss_a=\d\S+, loss_b=nan from row0.png, row1.png; all 2 gradients', log_of(tmp_path))
 
 
-def test_wrappers_with_a_guard_of_their_own_are_left_alone():
+def test_wrappers_that_handle_overflow_are_not_changed():
     messages = []
     for wrapper in (SimpleNamespace(), ApexOptimWrapper.__new__(ApexOptimWrapper)):
         runner = SimpleNamespace(
@@ -321,7 +308,7 @@ def test_wrappers_with_a_guard_of_their_own_are_left_alone():
         )
         NonFiniteGuardHook().before_train(runner)
         assert 'step' not in vars(wrapper)
-    assert messages[1] == 'NonFiniteGuardHook leaves ApexOptimWrapper alone, which watches for overflow itself'
+    assert messages[1] == 'NonFiniteGuardHook does not change ApexOptimWrapper, which handles overflow itself'
 
 
 def test_a_hook_that_ends_the_run_first_is_named():
@@ -336,7 +323,7 @@ def test_a_hook_that_ends_the_run_first_is_named():
     assert 'remove it from custom_hooks' in messages[0]
 
 
-def test_the_optimizer_is_given_back(tmp_path):
+def test_the_optimizer_is_restored(tmp_path):
     runner = make_runner(tmp_path)
     runner.train()
     assert not {'step', 'backward'} & vars(runner.optim_wrapper).keys()
@@ -356,7 +343,7 @@ def test_image_names(data, names):
 
 
 def test_a_large_gradient_is_finite():
-    """Its sum of squares is not, and a norm of 2^15 elements of 1024 leaves float16."""
+    """Its sum of squares overflows; so does the float16 norm of 2^15 elements of 1024."""
     assert are_finite([torch.full((9,), 3e38), torch.ones(2)])
     assert are_finite([torch.full((2**15,), 1024.0, dtype=torch.float16), torch.ones(2)])
     assert are_finite([])
@@ -385,7 +372,7 @@ def in_process(rank, port, folder):
         work_dir = folder / f'expected{len(wrapper)}'
         results['expected', len(wrapper)] = train(work_dir, rows, None, wrapper, guard=False, **joined)
     train(folder / 'alternating', range(16), {5: 'gradient', 8: 'gradient'}, **joined)
-    leave(results, rank, folder)
+    finish(results, rank, folder)
 
 
 @pytest.fixture(scope='module')
@@ -397,24 +384,24 @@ def two_processes(tmp_path_factory):
 @pytest.mark.parametrize('accumulating', [0, 1])
 @pytest.mark.parametrize('fault', list(FAULTY))
 def test_processes_skip_together(two_processes, fault, accumulating):
-    """A fault in one process costs all of them the step, and nothing else."""
+    """A fault in one process makes all of them skip the step, and changes nothing else."""
     _, results = two_processes
     for own in results:
         assert_same(own[fault, accumulating], own['expected', accumulating])
-    # weights, but not the statistics, are the same in all processes
+    # weights are equal in all processes, statistics are not
     for a, b in zip(*(r[fault, accumulating][-1:] + r[fault, accumulating][:2] for r in results), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('fault', list(FAULTY))
-def test_the_process_at_fault_is_named(two_processes, fault):
+def test_the_process_with_the_fault_is_named(two_processes, fault):
     folder, _ = two_processes
     line = next(line for line in log_of(folder / f'{fault}0').splitlines() if 'finite' in line)
     terms = dict(loss=r'loss_line=inf, loss_size=\d\S+ ', pixel='loss_line=nan, loss_size=nan ', gradient='')[fault]
     assert re.search(rf'iteration 2: \w+ is not finite, process 1: {terms}from row5.png, row7.png;', line)
 
 
-def test_blame_does_not_stick(two_processes):
+def test_each_step_names_its_own_process(two_processes):
     lines = [line for line in log_of(two_processes[0] / 'alternating').splitlines() if 'finite' in line]
     assert ['process 1: from row5' in lines[0], 'process 1' in lines[1], 'process 0: from row8' in lines[1]] == [
         1,

@@ -1,4 +1,4 @@
-"""Test-time augmentation of detectors: identities that need no trained weights."""
+"""Test-time augmentation: identities that hold without trained weights."""
 
 import gc
 import weakref
@@ -30,7 +30,7 @@ def detection(own_scope):
 
 
 def detector(kind: str) -> torch.nn.Module:
-    """A small untrained detector with something to say: no score is too low, and its classes are not all alike."""
+    """A small untrained detector with predictions of several classes."""
     torch.manual_seed(0)
     cfg = Config.fromfile(CONFIGS / 'demo' / 'mask-rcnn_vheat-demo_coins.py').model
     cfg.backbone.arch = dict(embed_dims=8, depths=(1, 1, 1, 1), post_norm=False, layer_scale=None)
@@ -56,7 +56,7 @@ def detector(kind: str) -> torch.nn.Module:
             torch.nn.init.normal_(parameter, std=0.02 if '_reg' in name or 'cls' in name else 0.15)
     heads = getattr(model.roi_head, 'mask_head', None) or []
     for head in heads if isinstance(heads, torch.nn.ModuleList) else [heads] if heads else []:
-        # about half of every box is mask
+        # about half of each box belongs to the mask
         head.conv_logits.register_forward_hook(lambda _m, _x, logits: logits - logits.mean((2, 3), keepdim=True))
     return model
 
@@ -94,7 +94,7 @@ def found(samples: list) -> list[InstanceData]:
 
 
 def assert_same(result: InstanceData, expected: InstanceData, atol: float = 1e-2) -> None:
-    """Same objects in the same order; masks but for pixels on the edge."""
+    """Same objects in the same order, masks up to pixels on edges."""
     assert len(result) == len(expected) > 0
     assert torch.equal(result.labels, expected.labels)
     torch.testing.assert_close(result.scores, expected.scores, rtol=1e-4, atol=1e-5)
@@ -104,7 +104,7 @@ def assert_same(result: InstanceData, expected: InstanceData, atol: float = 1e-2
         assert result.masks.shape == expected.masks.shape
         assert result.masks.dtype == torch.bool
         assert (result.masks != expected.masks).float().mean() < 2e-3
-        assert 0.003 < result.masks.float().mean() < 0.98  # neither all nor nothing
+        assert 0.003 < result.masks.float().mean() < 0.98  # neither empty nor full
 
 
 @pytest.mark.parametrize('kind', ['mask', 'cascade', 'boxes'])
@@ -120,14 +120,14 @@ def test_identical_views_give_the_result_of_one(kind):
 @pytest.mark.parametrize('direction', ['horizontal', 'vertical', 'diagonal'])
 @pytest.mark.parametrize('kind', ['mask', 'cascade', 'boxes'])
 def test_flipped_image_gives_flipped_result(kind, direction):
-    """An image and its mirror image have the same two views, in the other order."""
+    """An image and its flipped image have the same two views, in reverse order."""
     from mmdet.structures.bbox import bbox_flip
 
     axes = dict(horizontal=[-1], vertical=[-2], diagonal=[-2, -1])[direction]
     tta = InstanceSegTTAModel(detector(kind))
     plain = found(tta.test_step(stack(view(images()), view(images(), direction))))
-    mirrored = [x.flip(axes) for x in images()]
-    flipped = found(tta.test_step(stack(view(mirrored), view(mirrored, direction))))
+    inputs = [x.flip(axes) for x in images()]
+    flipped = found(tta.test_step(stack(view(inputs), view(inputs, direction))))
     for result, one, size in zip(flipped, plain, SIZES, strict=True):
         result.bboxes = bbox_flip(result.bboxes, size, direction)
         if 'masks' in result:
@@ -136,7 +136,7 @@ def test_flipped_image_gives_flipped_result(kind, direction):
 
 
 def test_scaled_views_find_the_same_objects():
-    """A constant detector: views of all sizes and directions merge into what each of them shows."""
+    """A detector with fixed boxes: views of all sizes and flips merge into these boxes."""
     model = detector('mask')
     tta = InstanceSegTTAModel(model)
     boxes = [torch.tensor([[10.0, 5, 40, 45], [30, 20, 55, 50]]), torch.tensor([[4.0, 4, 44, 60]])]
@@ -160,10 +160,10 @@ def test_scaled_views_find_the_same_objects():
 
 
 def test_masks_are_averaged_as_probabilities():
-    """0.9, 0.4 and 0.4 are 0.57 on average; votes would be one against two."""
+    """0.9, 0.4 and 0.4 are 0.57 on average; a majority vote would give no mask."""
     model = detector('mask')
     tta = InstanceSegTTAModel(model)
-    left = [0.9, 0.4, 0.4]  # on the image's left half, 0.1 on the right; the second view is mirrored
+    left = [0.9, 0.4, 0.4]  # on the image's left half, 0.1 on the right; the second view is flipped
     calls = []
 
     def heads(rois):
@@ -225,7 +225,7 @@ def test_merge_boxes():
     first = boxes_of([0.9, 0.3, 0.2], [square, near, far], [0, 0, 1])
     second = boxes_of([0.8, 0.6], [near, far], [0, 0])
     merged = merge_boxes([first, second], iou_threshold=0.5, max_per_img=10)
-    # 0.8 gives way to 0.9 of the other view; 0.3 stays, as its own view let it; classes do not meet
+    # 0.9 suppresses 0.8 of the other view, but not 0.3 of its own view, nor other classes
     assert merged.scores.tolist() == pytest.approx([0.9, 0.6, 0.3, 0.2])
     assert merged.labels.tolist() == [0, 0, 0, 1]
     assert merge_boxes([first, second], 0.5, 2).scores.tolist() == pytest.approx([0.9, 0.6])
@@ -243,7 +243,7 @@ def test_queries_are_matched_and_averaged():
     merged = _merge((classes, masks, torch.ones(3)), (classes[order], masks[order]))
     torch.testing.assert_close(merged[0], classes)
     torch.testing.assert_close(merged[1], masks)
-    # an object that only the second view shows takes the place of the query that showed nothing
+    # an object that only the second view shows replaces a query without object
     other = masks.clone()
     other[2, :, :2] = 0.7
     sure = classes.clone()
@@ -272,14 +272,14 @@ def mask_transformer(panoptic: bool) -> torch.nn.Module:
 @pytest.mark.parametrize('direction', [None, 'horizontal', 'vertical'])
 @pytest.mark.parametrize('panoptic', [False, True], ids=['instance', 'panoptic'])
 def test_mask_transformers(panoptic, direction):
-    """Identical views, or views of which the detector knows that they are mirrored, give the result of one."""
+    """Identical views, or flipped views with exactly flipped predictions, give the result of one view."""
     model = mask_transformer(panoptic)
     with torch.no_grad():
         expected = model.test_step(view(images()))
     predict = model.panoptic_head.predict
 
     def knows(features, samples):
-        """What the head says of the plain image, mirrored where the view is, in another order of queries."""
+        """The predictions for the plain image, flipped as the view is, with the queries in another order."""
         if not samples[0].flip:
             return predict(features, samples)
         axes = dict(horizontal=[-1], vertical=[-2])[samples[0].flip_direction]
@@ -307,7 +307,7 @@ def test_missing_metadata_is_named(key):
     sample = data['data_samples'][1][0]
     meta = {k: v for k, v in view(images(), 'horizontal')['data_samples'][0].metainfo.items() if k != key}
     data['data_samples'][1][0] = type(sample)(metainfo=meta)
-    with pytest.raises(ValueError, match=rf'view 1 of 0\.jpg comes without {key}.*meta_keys'):
+    with pytest.raises(ValueError, match=rf'view 1 of 0\.jpg lacks {key}.*meta_keys'):
         InstanceSegTTAModel(detector('mask')).test_step(data)
 
 
@@ -319,11 +319,11 @@ def test_unknown_options_and_heads_are_refused():
         InstanceSegTTAModel(model, tta_cfg=dict(nms=dict(type='soft_nms')))
     kind = type('RTMDetInsHead', (torch.nn.Identity,), {})
     model.bbox_head = kind()
-    with pytest.raises(TypeError, match='does not know how MaskRCNN predicts masks'):
+    with pytest.raises(TypeError, match='cannot merge the masks of MaskRCNN'):
         InstanceSegTTAModel(model)
     del model.bbox_head
     model.mask_head = torch.nn.Identity()
-    with pytest.raises(TypeError, match='does not know how MaskRCNN predicts masks'):
+    with pytest.raises(TypeError, match='cannot merge the masks of MaskRCNN'):
         InstanceSegTTAModel(model)
 
 
@@ -349,7 +349,7 @@ def test_views_of_pipelines():
 
 
 def test_views_of_unusual_pipelines():
-    """Flips come before padding; sides as one number, scopes in names and classes are understood."""
+    """Flips come before padding; scale may be one number, and types may be classes or have a scope."""
     pad, pack = dict(type='Pad', size_divisor=32), dict(type='PackDetInputs')
     first, augment = detector_views([dict(type='Resize', scale_factor=1.0), pad, pack])
     assert first['type'] == 'Resize'
@@ -361,7 +361,7 @@ def test_views_of_unusual_pipelines():
 
 @pytest.mark.parametrize('name', sorted(p.name for p in (CONFIGS / 'detection').glob('*vheat-t*.py')))
 def test_every_detector_config(name):
-    """``--tta`` on the config as it is, with the model narrowed: one prediction of four views."""
+    """``--tta`` with the config as it is and a narrow model: one prediction from four views."""
     from config_models import narrow
 
     cfg = Config.fromfile(CONFIGS / 'detection' / name)
@@ -435,7 +435,7 @@ def test_concatenated_data_sets_are_refused():
         apply_tta(cfg)
 
 
-def test_a_model_that_merges_boxes_only_is_refused_under_a_mask_head():
+def test_dettta_is_refused_for_detectors_with_masks():
     cfg = Config.fromfile(CONFIGS / 'demo' / 'mask-rcnn_vheat-demo_coins.py')
     cfg.tta_model = dict(type='DetTTAModel', tta_cfg=dict(max_per_img=10))
     with pytest.raises(ToolError, match=r"tta_model\.type='InstanceSegTTAModel'"):

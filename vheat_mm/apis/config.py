@@ -1,13 +1,11 @@
-"""Command line and config, shared by training and testing."""
+"""Arguments of the command-line tools, and their effects on a config."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
@@ -18,19 +16,13 @@ from vheat_mm.utils.errors import ToolError, describe
 from vheat_mm.utils.torchvision import ensure_torchvision
 
 RUN_STARTED = 'VHEAT_RUN_STARTED'  # seconds since the epoch, set by tools/dist_run.py
-SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}  # and pip's name for it
+SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}  # default_scope -> name on PyPI
 
 
 class CheckedDictAction(DictAction):
-    """MMEngine's ``KEY=VALUE`` options; a part without ``=`` is a usage error."""
+    """MMEngine's ``KEY=VALUE`` options; a value without ``=`` is a usage error."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence | None,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
         for value in values or ():
             if '=' not in value:
                 parser.error(f'{option_string}: expected KEY=VALUE, got {value!r}')
@@ -38,7 +30,7 @@ class CheckedDictAction(DictAction):
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with what both tools take; ``config`` is the first positional argument."""
+    """A parser with the arguments of both tools; ``config`` is the first positional one."""
     parser = argparse.ArgumentParser(description=description)
     add_config_arguments(parser)
     parser.add_argument('--work-dir', help='folder for logs and results (default: work_dirs/<name of the config>)')
@@ -63,16 +55,16 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(args: argparse.Namespace) -> Config:
-    """Read the config, apply ``--cfg-options`` and ``--work-dir``, and make the task's library importable.
+    """Read the config, apply ``--cfg-options`` and ``--work-dir``, and set the default scope.
 
     Raises:
-        ToolError: No such file, errors in it or its bases, unknown task, library not installed.
+        ToolError: The file does not exist, it or a base file has errors, unknown task, library not installed.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     path = Path(args.config)
     if not path.is_file():
         raise ToolError(f'there is no config {args.config!r} (working directory {Path.cwd()})')
-    ensure_torchvision()  # mmdet and mmpretrain import it, which custom_imports of a config may do
+    ensure_torchvision()  # mmdet and mmpretrain import it; custom_imports may import them
     try:
         cfg = Config.fromfile(path)
     except Exception as error:
@@ -99,79 +91,21 @@ def read_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def add_hook(cfg: Config, name: str) -> None:
-    """Append a hook of ours, unless the config configures it itself."""
-    hooks = list(cfg.get('custom_hooks') or [])
-    if not any(is_type(hook, name) for hook in hooks):
-        hooks.append(dict(type=name))
-    cfg.custom_hooks = hooks
-
-
-def is_type(part: Any, name: str) -> bool:
-    """Whether a part of a config is of that type: written as a name, with or without scope or module, or a class."""
-    kind = part.get('type') if isinstance(part, dict) else type(part)
-    return (kind if isinstance(kind, str) else getattr(kind, '__name__', '')).split('.')[-1] == name
-
-
-def drop_hook(cfg: Config, name: str) -> None:
-    """Remove a hook from the config, in place."""
-    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if not is_type(hook, name)]
-
-
-def add_robust_hooks(cfg: Config) -> None:
-    """Put the hooks that a long training lives on into a config, in place; those it configures itself stay."""
-    checkpoint = cfg.setdefault('default_hooks', {}).setdefault('checkpoint', dict(type='CheckpointHook'))
-    if isinstance(checkpoint, dict) and is_type(checkpoint, 'CheckpointHook'):
-        checkpoint['type'] = 'AtomicCheckpointHook'  # a subclass, with the same arguments
-    for name in ('ReproducibleHook', 'StopSignalHook', 'NonFiniteGuardHook', 'SkipBrokenSamplesHook'):
-        add_hook(cfg, name)
-
-
-def shards(cfg: Config) -> bool:
-    """Whether FSDP cuts the model in parts.
-
-    Raises:
-        ToolError: By MMEngine's own strategy, which cannot resume.
-    """
-    strategy = cfg.get('strategy')
-    if is_type(strategy, 'FSDPStrategy'):
-        raise ToolError(
-            "strategy.type='FSDPStrategy' cannot resume (mmengine <= 0.10.7 hands PyTorch its arguments in the wrong "
-            "order): set strategy.type='ShardedStrategy' and add 'vheat_mm.fsdp' to custom_imports; see docs/fsdp.md"
-        )
-    return is_type(strategy, 'ShardedStrategy')
-
-
 def apply_randomness(cfg: Config, seed: int | None, deterministic: bool) -> None:
-    """``--seed`` and ``--deterministic``, in place."""
+    """``--seed`` and ``--deterministic``; changes ``cfg``."""
     randomness = {'seed': None, **(cfg.get('randomness') or {})}
     if seed is not None:
         randomness['seed'] = seed
     if deterministic:
         randomness['deterministic'] = True
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # what PyTorch asks for on GPUs
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # PyTorch requires it on GPUs
     cfg.randomness = randomness
 
 
-def fit_dataloaders(cfg: Config) -> None:
-    """Settle what depends on the machine, in place."""
-    for field in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        loader = cfg.get(field)
-        if not loader:
-            continue
-        if cfg.default_scope == 'mmpretrain':  # mmpretrain's models take stacked images; its tools set this, too
-            loader.setdefault('collate_fn', dict(type='default_collate'))
-            loader.setdefault('persistent_workers', True)
-            loader.setdefault('pin_memory', get_device() != 'cpu')
-        if not loader.get('num_workers'):
-            loader.persistent_workers = False  # PyTorch refuses it without workers
-            loader.pop('prefetch_factor', None)
-
-
 def apply_resume(cfg: Config, resume: str | None) -> list[str]:
-    """``--resume [PATH]``, in place; also restores the seed before samplers are built. Returns lines for the log.
+    """``--resume [PATH]``; changes ``cfg``, also its seed, before samplers are built. Returns lines for the log.
 
-    Processes that torchrun has started again resume by themselves, from what their run has saved so far.
+    Processes that torchrun has restarted resume without ``--resume``, from the newest checkpoint of their run.
 
     Raises:
         ToolError: The checkpoint cannot be resumed from.
@@ -179,11 +113,11 @@ def apply_resume(cfg: Config, resume: str | None) -> list[str]:
     """
     if resume is None and cfg.get('resume'):
         resume = cfg.get('load_from') or 'auto'
-    path, notes = _saved_by_this_run(cfg)
+    path, notes = _find_after_restart(cfg)
     if path is None and resume == 'auto':
         path, notes = find_newest(cfg.work_dir)
-        if path is None:  # the first start of a job that is always started with --resume
-            notes.append(f'nothing to resume from in {cfg.work_dir}: training starts from the beginning')
+        if path is None:  # no error: jobs may use --resume at the first start, too
+            notes.append(f'no checkpoint to resume from in {cfg.work_dir}: training starts from the beginning')
     path = path or (resume if resume != 'auto' else None)
     if path is None:
         cfg.resume = False
@@ -195,7 +129,7 @@ def apply_resume(cfg: Config, resume: str | None) -> list[str]:
             f'cannot resume from {path!r}: it holds weights but no training state; to start a new training from '
             'these weights, drop --resume and pass --cfg-options load_from=PATH'
         )
-    notes += [f'resuming from {path}, epoch {meta.get("epoch")}, iteration {meta["iter"]}']
+    notes.append(f'resuming from {path}, epoch {meta.get("epoch")}, iteration {meta["iter"]}')
     randomness = dict(cfg.get('randomness') or {})
     if meta.get('seed') is not None and meta['seed'] != randomness.get('seed'):
         cfg.randomness = {**randomness, 'seed': meta['seed']}
@@ -203,8 +137,8 @@ def apply_resume(cfg: Config, resume: str | None) -> list[str]:
     return notes
 
 
-def _saved_by_this_run(cfg: Config) -> tuple[str | None, list[str]]:
-    """The newest checkpoint that earlier processes of this start of dist_run.py or torchrun have left, if any."""
+def _find_after_restart(cfg: Config) -> tuple[str | None, list[str]]:
+    """The newest checkpoint of this run if dist_run.py or torchrun has restarted its processes."""
     if RUN_STARTED in os.environ:
         return find_newest(cfg.work_dir, since=float(os.environ[RUN_STARTED]))
     if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0':
@@ -213,20 +147,18 @@ def _saved_by_this_run(cfg: Config) -> tuple[str | None, list[str]]:
 
 
 def apply_amp(cfg: Config) -> None:
-    """``--amp``, in place.
+    """``--amp``; changes ``cfg``.
 
     Raises:
-        ToolError: The optimizer wrapper is another one already; no such kernels on this device.
+        ToolError: The config uses another optimizer wrapper; detection on the CPU.
     """
     wrapper = cfg.optim_wrapper
     kind = wrapper.get('type', 'OptimWrapper')
-    if kind == 'AmpOptimWrapper':
-        pass
-    elif kind != 'OptimWrapper':
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise ToolError(f'--amp replaces OptimWrapper only, and optim_wrapper.type is {kind!r}: drop --amp')
     if get_device() == 'cpu':
         if cfg.default_scope == 'mmdet':
-            raise ToolError("--amp on the CPU: mmcv's operators of detection have no bfloat16 there; drop --amp")
+            raise ToolError("--amp on the CPU: mmcv's operators do not support bfloat16 there; drop --amp")
         wrapper.type = 'CPUAmpOptimWrapper'
         wrapper.pop('loss_scale', None)
         return
@@ -235,10 +167,10 @@ def apply_amp(cfg: Config) -> None:
 
 
 def apply_auto_scale_lr(cfg: Config, path: str) -> None:
-    """``--auto-scale-lr``, in place.
+    """``--auto-scale-lr``; changes ``cfg``.
 
     Raises:
-        ToolError: The config does not say for which batch size its learning rate was chosen.
+        ToolError: The config has no ``auto_scale_lr.base_batch_size``.
     """
     if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
         raise ToolError(

@@ -1,4 +1,4 @@
-"""One clear message where a run cannot go on, instead of a traceback."""
+"""Errors of the command-line tools as one message instead of a traceback."""
 
 from __future__ import annotations
 
@@ -9,47 +9,30 @@ import time
 import traceback
 from collections.abc import Callable
 
-from mmengine.hooks import Hook
-from mmengine.runner import Runner
-
+from vheat_mm.engine.hooks import SetupEndHook
 from vheat_mm.utils.dist import process_count, process_rank
 from vheat_mm.utils.errors import REQUEUE, USER_ERRORS, StopRequested, describe
 
 SHOW_TRACEBACK = 'VHEAT_TRACEBACK'
-# Status of a run that ended with a message; a crash with a traceback has Python's 1.
+# Exit statuses of a run that ended with a message; Python's own status after a traceback is 1.
 USER_ERROR = 2
 INTERRUPTED = 130
 
-# How a process notices that another one has gone.
-_SECONDARY = re.compile(r'gloo|nccl|connection (closed|reset)|tcpstore|broken pipe|process group', re.IGNORECASE)
-
-
-class SetupEndHook(Hook):
-    """Notes that set-up is over, after which an unknown error is a bug and keeps its traceback."""
-
-    priority = 'LOWEST'
-    finished = False
-
-    def before_train(self, runner: Runner) -> None:
-        """End of set-up for training."""
-        self.finished = True
-
-    def before_test(self, runner: Runner) -> None:
-        """End of set-up for testing."""
-        self.finished = True
+# Errors of a process whose peer has exited.
+_LOST_PEER = re.compile(r'gloo|nccl|connection (closed|reset)|tcpstore|broken pipe|process group', re.IGNORECASE)
 
 
 def run_reporting_errors(body: Callable[[SetupEndHook], None]) -> int:
-    """Run ``body`` and turn its errors into messages on stderr.
+    """Run ``body`` and print its errors as messages on stderr.
 
     Args:
-        body: The tool. It registers the hook it is given with the runner.
+        body: The tool. It registers the hook that it receives with its runner.
 
     Returns:
         The exit status.
 
     Raises:
-        Exception: One that is neither from set-up nor of a kind that the user can mend.
+        Exception: After set-up, one of a type that the user cannot fix.
     """
     phase = SetupEndHook()
     try:
@@ -63,7 +46,7 @@ def run_reporting_errors(body: Callable[[SetupEndHook], None]) -> int:
             print(stop.message, file=sys.stderr, flush=True)
         return REQUEUE
     except Exception as error:
-        _let_others_go_first(error)
+        _wait_for_rank0_error(error)
         known = isinstance(error, USER_ERRORS)
         if phase.finished and not known:
             raise
@@ -75,11 +58,10 @@ def run_reporting_errors(body: Callable[[SetupEndHook], None]) -> int:
     return 0
 
 
-def _let_others_go_first(error: Exception) -> None:
-    """Wait where another process has more to say: the launcher ends us as soon as that one is gone.
+def _wait_for_rank0_error(error: Exception) -> None:
+    """Let the process with the original error exit first: the launcher then ends the others before they print theirs.
 
-    All processes meet most errors, and the first one speaks for them. A lost connection is another process's error.
+    If all processes have the same error, rank 0 reports it. A lost connection follows from another process's error.
     """
     if process_count() > 1:
-        secondary = _SECONDARY.search(str(error)) is not None
-        time.sleep((6 if secondary else 0) + (2 if process_rank() else 0))
+        time.sleep((6 if _LOST_PEER.search(str(error)) else 0) + (2 if process_rank() else 0))

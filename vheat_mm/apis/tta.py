@@ -1,4 +1,4 @@
-"""``--tta``: which views of an image are taken, and what merges their predictions."""
+"""``--tta``: the views of an image, and the model that merges their predictions."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import copy
 
 from mmengine.config import Config, ConfigDict
 
-from vheat_mm.apis.config import is_type
+from vheat_mm.engine.runner.build import is_type
 from vheat_mm.utils.errors import ToolError
 
 FLIPS = (dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0))
-SCALES = (1.0, 1.25)  # of detectors' images, against the test pipeline's
+SCALES = (1.0, 1.25)  # of detectors' images, relative to the test pipeline's
 CROPS = ('center', 'top_left', 'top_right', 'bottom_left', 'bottom_right')
-# What merging takes to know of a view, and mmdet does not pack by default.
+# Merging needs these keys; mmdet does not pack all of them by default.
 _META_KEYS = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
 
 
 def apply_tta(cfg: Config) -> None:
-    """``--tta``, in place: the config's ``tta_pipeline`` and ``tta_model``, or ours where it has none.
+    """Apply the config's ``tta_pipeline`` and ``tta_model``, or the defaults of this module; changes ``cfg``.
 
     Raises:
-        ToolError: Segmentation without ``tta_pipeline``; a concatenated data set; a model that merges boxes only under
-            a mask head.
+        ToolError: Segmentation without ``tta_pipeline``; a concatenated data set; ``DetTTAModel`` around a detector
+            with masks.
     """
     scope = cfg.default_scope
     if scope == 'mmseg' and not cfg.get('tta_pipeline'):
@@ -35,7 +35,7 @@ def apply_tta(cfg: Config) -> None:
     if 'pipeline' not in dataset:
         raise ToolError(
             f'--tta: test_dataloader.dataset is a {dataset.get("type")} without a pipeline of its own, '
-            'where augmentation would go: test its data sets one by one'
+            'which augmentation would replace: test its data sets one by one'
         )
     if not cfg.get('tta_pipeline'):
         cfg.tta_pipeline = (detector_views if scope == 'mmdet' else classifier_views)(dataset.pipeline)
@@ -44,7 +44,7 @@ def apply_tta(cfg: Config) -> None:
     if is_type(tta_model, 'DetTTAModel') and predicts_masks(cfg.model):
         raise ToolError(
             "--tta: tta_model.type='DetTTAModel' merges boxes only, and this detector predicts masks: "
-            "set tta_model.type='InstanceSegTTAModel' with the same tta_cfg, or leave tta_model out"
+            "set tta_model.type='InstanceSegTTAModel' with the same tta_cfg, or remove tta_model"
         )
     cfg.model = ConfigDict(**tta_model, module=cfg.model)
 
@@ -64,12 +64,12 @@ def predicts_masks(node: object) -> bool:
 
 
 def detector_views(pipeline: list[dict]) -> list[dict]:
-    """A test pipeline of mmdet whose images are seen at :data:`SCALES`, as they are and mirrored."""
+    """mmdet's test pipeline with views at each of :data:`SCALES`, plain and flipped."""
     *steps, pack = copy.deepcopy(pipeline)
     pack['meta_keys'] = tuple(dict.fromkeys((*pack.get('meta_keys', ()), *_META_KEYS)))
     resize = _find(steps, 'Resize', 'scale')
     if resize is None:
-        place = _find(steps, 'Pad')  # padding lies to the right and below, and stays there only if it comes last
+        place = _find(steps, 'Pad')  # flipping after padding would move the padding to the left
         place = len(steps) if place is None else place
         return _split(steps[:place], [list(FLIPS)], [*steps[place:], pack])
     own = steps[resize]
@@ -79,7 +79,7 @@ def detector_views(pipeline: list[dict]) -> list[dict]:
 
 
 def classifier_views(pipeline: list[dict]) -> list[dict]:
-    """A test pipeline of mmpretrain: middle and corners of the image where it crops, as they are and mirrored."""
+    """mmpretrain's test pipeline with views plain and flipped, and five crops if it crops."""
     *steps, pack = copy.deepcopy(pipeline)
     crop = _find(steps, 'CenterCrop', 'crop_size')
     if crop is None:
@@ -93,7 +93,7 @@ def _split(before: list[dict], choices: list[list[dict]], after: list[dict]) -> 
 
 
 def _find(steps: list[dict], name: str, key: str | None = None) -> int | None:
-    """Place of the first step of that type (a name, with or without scope, or a class), with that key."""
+    """Index of the first step of that type that has the key."""
     for place, step in enumerate(steps):
         if is_type(step, name) and (key is None or step.get(key) is not None):
             return place

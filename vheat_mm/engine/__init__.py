@@ -1,6 +1,6 @@
-"""What works with an MMEngine ``Runner``: hooks, optimizers, data loading, processes, files.
+"""What works with an MMEngine ``Runner``: hooks, optimizers, strategies, data loading, processes, files.
 
-``strategies`` is not imported here, as it needs PyTorch's FSDP: ``custom_imports`` names ``vheat_mm.fsdp``.
+``strategies`` needs PyTorch's FSDP, so it is not imported here; configs import ``vheat_mm.fsdp``.
 """
 
 from vheat_mm.engine import hooks as hooks

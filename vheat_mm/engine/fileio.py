@@ -1,4 +1,4 @@
-"""Files that are read without running code and written entirely or not at all, for the tools' processes."""
+"""Safe reading and atomic writing of files in MMEngine, for the processes of the tools."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from vheat_mm.checkpoint.io import atomic_file, read_checkpoint
 
 
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Checkpoint loader for MMEngine; see :func:`vheat_mm.checkpoint.read_checkpoint`.
+    """MMEngine's checkpoint loader, replaced by :func:`vheat_mm.checkpoint.read_checkpoint`.
 
     Args:
         filename: Path or address.
-        map_location: Where MMEngine wants the tensors: the CPU will do, as it copies them into the model.
+        map_location: Ignored: tensors stay on the CPU until they are copied into the model.
     """
     return read_checkpoint(filename)
 
 
 def install() -> None:
-    """Make MMEngine use the two above in this process."""
+    """Make MMEngine use :func:`load_from_local` and :class:`AtomicLocalBackend` in this process."""
     register_backend('local', AtomicLocalBackend, prefixes='', force=True)
     CheckpointLoader.register_scheme(prefixes=('', 'http://', 'https://'), loader=load_from_local, force=True)
 
 
 class AtomicLocalBackend(LocalBackend):
-    """MMEngine's local files, but for ``put``, which writes beside the target and renames.
+    """MMEngine's local backend whose ``put`` writes a temporary file and renames it.
 
-    A full disk, or a kill while writing, leaves no truncated file behind, and no damaged earlier one.
+    A full disk, or a kill while writing, leaves the earlier file as it was.
     """
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write ``obj``; missing folders are made. Raises OSError with the path on failure."""
+        """Write ``obj`` and create missing folders. Raises OSError with the path on failure."""
         target = Path(filepath)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -44,5 +44,5 @@ class AtomicLocalBackend(LocalBackend):
             raise OSError(error.errno, f'{error.strerror} while writing', str(target)) from error
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
-        """Write text likewise."""
+        """Write text, as :meth:`put`."""
         self.put(obj.encode(encoding), filepath)

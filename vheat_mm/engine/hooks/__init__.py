@@ -1,18 +1,14 @@
-"""Hooks of this package, registered in MMEngine's root ``HOOKS``.
+"""Hooks, registered in MMEngine's root ``HOOKS``; ``tools/`` add all but the last to a config.
 
-``tools/`` use, and any config may name:
-
-- :class:`CheckpointCheckHook`: no weight is ever left out silently.
-- :class:`AtomicCheckpointHook`: checkpoints are whole, whatever ends the run; takes ``CheckpointHook``'s place.
-- :class:`ReproducibleHook`: an interrupted and resumed run equals the uninterrupted one.
-- :class:`StopSignalHook`: SIGTERM saves and ends the run with a status to start it again on.
-- :class:`NonFiniteGuardHook`: a loss or gradient that is not finite costs one step, not the run.
-- :class:`SkipBrokenSamplesHook`: a bad image or annotation is left out and reported.
-- :class:`AnnotationCheckHook`: class names and files that do not fit the model end the run by name.
-
-For a config's ``custom_hooks``:
-
-- :class:`CompileBackboneHook`: ``torch.compile`` for the backbone only.
+- :class:`CheckpointCheckHook`: all weights of a checkpoint are loaded, or the run ends.
+- :class:`AnnotationCheckHook`: class names and annotations that do not fit the model end the run.
+- :class:`AtomicCheckpointHook`: replaces ``CheckpointHook``; files are complete even after a kill.
+- :class:`ReproducibleHook`: an interrupted and resumed run equals an uninterrupted one.
+- :class:`StopSignalHook`: SIGTERM saves and exits with a status on which a scheduler restarts the job.
+- :class:`NonFiniteGuardHook`: steps with a NaN or infinite loss or gradient are skipped.
+- :class:`SkipBrokenSamplesHook`: images and annotations that cannot be loaded are skipped and logged.
+- :class:`SetupEndHook`: records that set-up is over.
+- :class:`CompileBackboneHook`: ``torch.compile`` for the backbone only; for a config's ``custom_hooks``.
 """
 
 from vheat_mm.engine.hooks.annotation_check_hook import AnnotationCheckHook
@@ -21,6 +17,7 @@ from vheat_mm.engine.hooks.checkpoint_check_hook import CheckpointCheckHook
 from vheat_mm.engine.hooks.compile_backbone_hook import CompileBackboneHook
 from vheat_mm.engine.hooks.non_finite_guard_hook import NonFiniteGuardHook
 from vheat_mm.engine.hooks.reproducible_hook import ReproducibleHook
+from vheat_mm.engine.hooks.setup_end_hook import SetupEndHook
 from vheat_mm.engine.hooks.skip_broken_samples_hook import SkipBrokenSamplesHook
 from vheat_mm.engine.hooks.stop_signal_hook import StopSignalHook
 from vheat_mm.utils.errors import AnnotationError, NonFiniteError, StopRequested
@@ -34,6 +31,7 @@ __all__ = [
     'NonFiniteError',
     'NonFiniteGuardHook',
     'ReproducibleHook',
+    'SetupEndHook',
     'SkipBrokenSamplesHook',
     'StopRequested',
     'StopSignalHook',

@@ -1,4 +1,4 @@
-"""Checkpoints that are always whole, whatever ends the run, and a full disk that ends none."""
+"""Checkpoints that are complete even if the run is killed while it saves; a full disk does not end the run."""
 
 from __future__ import annotations
 
@@ -14,69 +14,68 @@ from mmengine.runner import Runner
 
 from vheat_mm.checkpoint.resume import LAST, find_newest, stale_parts
 from vheat_mm.engine.fileio import AtomicLocalBackend
-from vheat_mm.engine.hooks.accumulation import COLLECT
-from vheat_mm.engine.hooks.log_guard import outlive_full_disk
+from vheat_mm.engine.runner.log_writes import ignore_log_write_errors
 from vheat_mm.utils.dist import any_rank
 from vheat_mm.utils.errors import CheckpointError
 
-INTERRUPTED = 'interrupted.pth'  # overwritten by each interruption, so that they do not pile up
+INTERRUPTED = 'interrupted.pth'  # one name, so that repeated interruptions do not fill the disk
 SUPERFLUOUS = 'superfluous_ckpt_id'  # in the message hub, beside MMEngine's keep_ckpt_ids
 
-
-register_backend('vheat_atomic', AtomicLocalBackend, force=True)  # under a name of its own: nothing else changes
+# A name of its own leaves MMEngine's 'local' backend as it is.
+register_backend('vheat_atomic', AtomicLocalBackend, force=True)
 
 
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
-    """MMEngine's ``CheckpointHook``, with the same arguments, in an order of steps that loses nothing.
+    """MMEngine's ``CheckpointHook`` with the same arguments; no failure or kill destroys an earlier checkpoint.
 
-    - A checkpoint is written beside its place, flushed to the disk and renamed; ``last_checkpoint`` follows, likewise.
-    - Checkpoints that ``max_keep_ckpts`` or a better one make superfluous go after the new one is there, not before.
-    - A save that fails (disk full, quota, storage away) is an error in the log, and training goes on to the next one.
-      Only where the last save of the run fails does the run fail. Scalars that cannot be logged end none, either.
-    - Resuming takes the newest checkpoint that is whole (:func:`vheat_mm.checkpoint.resume.find_newest`), also where MMEngine's
+    - A checkpoint is written to a temporary file, flushed to the disk and renamed; then ``last_checkpoint`` likewise.
+    - Checkpoints that ``max_keep_ckpts`` or a better one replaces are removed after the new one is written.
+    - A save that fails (disk full, over quota, storage unavailable) is an error in the log, and training continues.
+      The run fails only if the last save fails. Errors of writing scalars to the log are ignored, too.
+    - Resuming takes the newest intact checkpoint (:func:`vheat_mm.checkpoint.resume.find_newest`), where MMEngine's
       ``resume=True`` would take a damaged one.
 
-    Applies to local folders. A remote storage writes whole objects itself; there only the order of steps is ours.
+    For local folders. In a remote storage, only the order of writing and removing changes.
     """
 
     _failed: OSError | None = None
-    _meta: dict = {}  # noqa: RUF012 (never changed, only replaced)
-    # Of MMEngine's class, which sets them without a type.
+    _meta: dict = {}  # noqa: RUF012 (replaced, never changed in place)
+    # Attributes of MMEngine's class, which declares no types.
     backend_args: dict | None
     file_backend: Any
     last_ckpt: str | None
 
     def before_run(self, runner: Runner) -> None:
-        """Choose the checkpoint to resume from, where MMEngine was left to choose."""
+        """Choose the checkpoint to resume from if ``resume=True`` names none."""
         if runner._resume and runner._load_from is None:
             runner._load_from, notes = find_newest(runner.work_dir)
             runner._resume = runner._load_from is not None
             if not runner._resume:
-                notes.append(f'nothing to resume from in {runner.work_dir}: training starts from the beginning')
+                notes.append(f'no checkpoint to resume from in {runner.work_dir}: training starts from the beginning')
             for note in notes:
                 runner.logger.warning(note)
 
     def before_train(self, runner: Runner) -> None:
-        """Choose the file backend, and remove what a killed process was writing."""
+        """Choose the file backend, and remove temporary files of killed processes."""
         folder = self.out_dir or runner.work_dir
         if not (self.backend_args or self.file_client_args or '://' in folder):
             self.backend_args = dict(backend='vheat_atomic')
         super().before_train(runner)
-        outlive_full_disk(runner)
-        # Killed after writing a checkpoint, and before removing the one that it made superfluous.
+        ignore_log_write_errors(runner)
+        # The process may have been killed between writing a checkpoint and removing the one it replaced.
         if (step := runner.message_hub.runtime_info.get(SUPERFLUOUS)) not in getattr(self, 'keep_ckpt_ids', ()):
             self._remove_step(step)
-        _check_alike(runner)
+        _check_same_iteration(runner)
         if is_main_process():
             for part in {*stale_parts(self.out_dir), *stale_parts(runner.work_dir)}:
                 part.unlink(missing_ok=True)
-                runner.logger.info(f'{part} removed: a process was killed while writing it')
+                runner.logger.info(f'{part} removed: temporary file of a killed process')
 
     def after_train(self, runner: Runner) -> None:
-        """Try once more to save what could not be saved at the end. Raises OSError where it fails again."""
+        """Retry the last save if it failed. Raises OSError if it fails again."""
         if self.save_last and any_rank(self._failed is not None):
-            runner.logger.warning('the last checkpoint could not be written: trying once more')
+            runner.logger.warning('the last checkpoint could not be written: retrying')
             meta = dict(epoch=runner.epoch, iter=runner.iter)
             step = runner.epoch if self.by_epoch else runner.iter
             self._save_checkpoint_with_step(runner, step, meta)
@@ -85,7 +84,7 @@ class AtomicCheckpointHook(CheckpointHook):
         super().after_train(runner)
 
     def save_interrupted(self, runner: Runner, finished_iterations: int) -> str | None:
-        """Save the state of training at any iteration; returns the path, ``None`` where it could not be written."""
+        """Save the training state at any iteration; returns the path, or ``None`` if it could not be written."""
         meta = dict(epoch=runner.epoch, iter=finished_iterations)
         return self._save(runner, INTERRUPTED, meta)
 
@@ -94,12 +93,12 @@ class AtomicCheckpointHook(CheckpointHook):
         superfluous = None
         if self.max_keep_ckpts > 0 and (not kept or kept[-1] != step):
             superfluous = kept[0] if len(kept) == self.max_keep_ckpts else None
-            self.keep_ckpt_ids.append(step)  # drops the first where it is full
+            self.keep_ckpt_ids.append(step)  # a full deque drops its first element
             hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
             hub.update_info(SUPERFLUOUS, superfluous)
         if self._save(runner, self.filename_tmpl.format(step), meta) is not None:
             self._remove_step(superfluous)
-        elif self.max_keep_ckpts > 0:  # what was to go stays, and counts
+        elif self.max_keep_ckpts > 0:  # the old checkpoint stays and is still counted
             self.keep_ckpt_ids.clear()
             self.keep_ckpt_ids.extend(kept)
             hub.update_info('keep_ckpt_ids', kept)
@@ -110,10 +109,10 @@ class AtomicCheckpointHook(CheckpointHook):
             _remove(self.file_backend, self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step)))
 
     def _save(self, runner: Runner, name: str, meta: dict) -> str | None:
-        """Write a checkpoint, then the file that names it; returns the path, ``None`` where that failed."""
+        """Write a checkpoint, then ``last_checkpoint``; returns the path, or ``None`` if it could not be written."""
         path, before = self.file_backend.join_path(self.out_dir, name), self.last_ckpt
         runner.message_hub.update_info('last_ckpt', path)
-        runner.call_hook(COLLECT)
+        runner.call_hook('before_collective_save')  # on all ranks; MMEngine's before_save_checkpoint is on rank 0
         self._meta = meta
         try:
             runner.save_checkpoint(
@@ -130,7 +129,7 @@ class AtomicCheckpointHook(CheckpointHook):
         except OSError as error:
             self._failed = error
             runner.message_hub.update_info('last_ckpt', before)
-            _report(runner, path, error)
+            _log_failed_save(runner, path, error)
             return None
         finally:
             self._meta = {}
@@ -138,34 +137,34 @@ class AtomicCheckpointHook(CheckpointHook):
         if is_main_process():
             try:
                 AtomicLocalBackend().put_text(path, Path(runner.work_dir) / LAST)
-            except OSError as error:  # resuming finds the checkpoint without it
-                _report(runner, LAST, error)
-            if name != INTERRUPTED:  # training has left that state behind
+            except OSError as error:  # find_newest does not need this file
+                _log_failed_save(runner, LAST, error)
+            if name != INTERRUPTED:  # the new checkpoint is newer than the interrupted state
                 _remove(self.file_backend, self.file_backend.join_path(self.out_dir, INTERRUPTED))
         return path
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Put back what ``FlexibleRunner`` writes over: the place in training that the checkpoint is of."""
+        """Restore the epoch and iteration of the checkpoint, which ``FlexibleRunner`` overwrites."""
         checkpoint['meta'].update(self._meta)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         before, info = self._best(), dict(runner.message_hub.runtime_info)
-        backend, self.file_backend = self.file_backend, _LaterRemoving(self.file_backend)
-        later = self.file_backend
+        backend, self.file_backend = self.file_backend, _DeferredRemoval(self.file_backend)
+        deferred = self.file_backend
         try:
             super()._save_best_checkpoint(runner, metrics)
-        except OSError as error:  # the earlier best one is still there, and remains the best
+        except OSError as error:  # the earlier file still exists and remains the best
             if hasattr(self, 'best_ckpt_path'):
                 self.best_ckpt_path = before['best']
             else:
                 self.best_ckpt_path_dict = before
             runner.message_hub.runtime_info.clear()
             runner.message_hub.runtime_info.update(info)
-            _report(runner, 'the best checkpoint', error)
+            _log_failed_save(runner, 'the best checkpoint', error)
             return
         finally:
             self.file_backend = backend
-        for path in set(later.superfluous) - set(self._best().values()):
+        for path in set(deferred.paths) - set(self._best().values()):
             _remove(backend, path)
 
     def _best(self) -> dict[str, Any]:
@@ -174,25 +173,25 @@ class AtomicCheckpointHook(CheckpointHook):
         return dict(best=getattr(self, 'best_ckpt_path', None))
 
 
-class _LaterRemoving:
-    """A file backend that only notes what is to be removed."""
+class _DeferredRemoval:
+    """A file backend that collects the paths to remove instead of removing them."""
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
-        self.superfluous: list[str] = []
+        self.paths: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
     def remove(self, path: str) -> None:
-        """Note a file."""
-        self.superfluous.append(path)
+        """Collect a path."""
+        self.paths.append(path)
 
     rmtree = remove
 
 
-def _check_alike(runner: Runner) -> None:
-    """Raise CheckpointError where processes have resumed from different places."""
+def _check_same_iteration(runner: Runner) -> None:
+    """Raise CheckpointError if processes resumed at different iterations."""
     places = all_gather_object((runner.epoch, runner.iter))
     if len(set(places)) > 1:
         raise CheckpointError(
@@ -201,15 +200,15 @@ def _check_alike(runner: Runner) -> None:
         )
 
 
-def _report(runner: Runner, what: str, error: OSError) -> None:
+def _log_failed_save(runner: Runner, what: str, error: OSError) -> None:
     runner.logger.error(
-        f'could not save {what}: {error}. What was there before is untouched, and training goes on; '
-        'make room before the next save'
+        f'could not save {what}: {error}. Earlier checkpoints are unchanged and training continues; '
+        'free disk space before the next save'
     )
 
 
 def _remove(backend: Any, path: str) -> None:
-    with contextlib.suppress(OSError):  # gone already, or not ours to remove: no reason to end a run
+    with contextlib.suppress(OSError):  # already removed, or no permission
         if backend.isfile(path):
             backend.remove(path)
         elif backend.isdir(path):  # DeepSpeed's checkpoints

@@ -1,4 +1,4 @@
-"""``torch.compile`` for the part of a detector, segmentor or classifier that gains from it: the backbone."""
+"""``torch.compile`` for the backbone of a detector, segmentor or classifier."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vheat_mm.utils.dist import unwrap
 class CompileBackboneHook(Hook):
     """Compile ``model.backbone`` in place when training, validation or testing begins.
 
-    MMEngine's own ``compile=`` compiles a whole ``train_step``, whose heads turn tensors into Python numbers at every
-    turn. A backbone is one graph. State-dict keys stay, so checkpoints are the same with and without the hook.
+    MMEngine's own ``compile=`` compiles a whole ``train_step``, and heads break the graph
+    where they turn tensors into Python numbers. A backbone is one graph. State-dict keys do not change.
 
     Args:
         backend: Of :func:`torch.compile`, as ``mode`` and ``dynamic``.
         mode: Such as ``'max-autotune'``; ``None`` is PyTorch's default.
-        dynamic: ``True`` compiles for all image sizes, ``False`` for each one anew; ``None`` starts with the first
-            size and generalises at the second.
+        dynamic: ``True`` compiles for all image sizes, ``False`` for each size; ``None`` compiles for the first
+            size, then for all sizes at the second one.
 
     Raises:
         TypeError: The model has no backbone.
@@ -42,11 +42,11 @@ class CompileBackboneHook(Hook):
         self._compile(runner)
 
     def before_val(self, runner: Runner) -> None:
-        """Compile, unless training did."""
+        """Compile, unless done already."""
         self._compile(runner)
 
     def before_test(self, runner: Runner) -> None:
-        """Compile, unless training did."""
+        """Compile, unless done already."""
         self._compile(runner)
 
     def _compile(self, runner: Runner) -> None:
@@ -58,4 +58,4 @@ class CompileBackboneHook(Hook):
             return
         backbone.compile(backend=self.backend, mode=self.mode, dynamic=self.dynamic)
         self._compiled = backbone
-        runner.logger.info(f'{type(backbone).__name__} is compiled: the first iterations will take long')
+        runner.logger.info(f'{type(backbone).__name__} is compiled: the first iterations are slow')

@@ -1,4 +1,4 @@
-"""SIGTERM, a cluster's warning: save, and end with a status that a scheduler can start the job again on."""
+"""On SIGTERM, save and exit with a status on which a scheduler can restart the job."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from vheat_mm.engine.runner.data_loading import WorkerInit, train_loader
 from vheat_mm.utils.dist import any_rank
 from vheat_mm.utils.errors import StopRequested
 
-STOP_NOTE = 'VHEAT_STOP_NOTE'  # a file that tells the launcher on this machine how the run ended
+STOP_NOTE = 'VHEAT_STOP_NOTE'  # file in which the launcher finds that training has saved
 
 
 @HOOKS.register_module()
 class StopSignalHook(Hook):
-    """On SIGTERM, finish the iteration, save ``interrupted.pth``, and end with status 75.
+    """On SIGTERM, finish the iteration, save ``interrupted.pth`` and exit with status 75.
 
-    All processes end after the same iteration, whichever of them was told. A validation is finished first, but the
-    state of training is saved at once, as the time to SIGKILL may not suffice. A second signal changes nothing.
+    All processes exit after the same iteration, even if only one receives the signal. A validation is finished first,
+    but the training state is saved at once, because SIGKILL may follow before the end. Further signals are ignored.
 
     Args:
         signals: Names of the signals; with Slurm's ``--signal=USR1@120`` add ``'SIGUSR1'``.
@@ -37,7 +37,7 @@ class StopSignalHook(Hook):
         ValueError: No such signal.
     """
 
-    priority = 'LOWEST'  # after the iteration's own checkpoint, and the schedules' steps
+    priority = 'LOWEST'  # after the checkpoint hook and the parameter schedulers
 
     def __init__(self, signals: Sequence[str] = ('SIGTERM',)) -> None:
         unknown = [name for name in signals if not hasattr(signal, name)]
@@ -49,49 +49,51 @@ class StopSignalHook(Hook):
         self._previous: dict[int, Any] = {}
 
     def before_train(self, runner: Runner) -> None:
-        """Take the signals over, and let data-loader workers outlive them."""
+        """Install the signal handlers; data-loader workers ignore the signals."""
         if threading.current_thread() is not threading.main_thread():
-            runner.logger.warning('training runs beside the main thread: signals cannot be taken over')
+            runner.logger.warning('StopSignalHook is inactive: signals can be handled in the main thread only')
             return
-        self._previous = {number: signal.signal(number, self._note) for number in self.signals}
+        self._previous = {number: signal.signal(number, self._receive) for number in self.signals}
         validation = [runner.val_dataloader] if runner.val_loop is not None else []
         for loader in (train_loader(runner), *validation):
             loader.worker_init_fn = WorkerInit(loader.worker_init_fn)
 
-    def _note(self, number: int, _: object) -> None:
+    def _receive(self, number: int, _: object) -> None:
         self._received = signal.Signals(number).name
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """End here, if any process was told to."""
+        """Save and exit if any process has received a signal."""
         if self._previous and any_rank(self._received is not None):
             self._save(runner, runner.iter + 1)
-            if not _validates_now(runner):  # else it ends afterwards
+            if not _validates_now(runner):  # otherwise after_val exits
                 self._stop(runner, runner.iter + 1)
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Save at once. Processes may validate different numbers of batches, so none waits for another here.
+        """Save at once, in rank 0 alone: ranks may validate different numbers of batches, so none can wait here.
 
-        Where saving takes all of them (``FlexibleRunner``), it comes after the validation.
+        ``FlexibleRunner`` saves with all ranks, so there it is done after the validation.
         """
-        alone = is_main_process() and isinstance(runner, Runner)
-        if self._received is not None and self._saved is None and alone and self._previous:
-            with _weights_of_training(runner):
+        can_save = is_main_process() and isinstance(runner, Runner)
+        if self._received is not None and self._saved is None and can_save and self._previous:
+            with _training_weights(runner):
                 self._write(runner, runner.iter)
 
     def after_val(self, runner: Runner) -> None:
-        """End after the validation, if any process was told to."""
+        """Save and exit after the validation if any process has received a signal."""
         if self._previous and any_rank(self._received is not None):
             self._save(runner, runner.iter)
             self._stop(runner, runner.iter)
 
     def after_train(self, runner: Runner) -> None:
-        """Give the signals back."""
-        self._restore()
+        """Restore the previous signal handlers."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
     def _save(self, runner: Runner, finished_iterations: int) -> None:
-        """Save with all processes, none of which goes on before the file is whole."""
+        """Save; all processes wait until the file is written."""
         self._write(runner, finished_iterations)
         saved = [self._saved]
         broadcast_object_list(saved)
@@ -102,28 +104,25 @@ class StopSignalHook(Hook):
             if isinstance(hook, AtomicCheckpointHook):
                 self._saved = hook.save_interrupted(runner, finished_iterations)
                 return
-        runner.logger.warning('nothing saved: StopSignalHook needs AtomicCheckpointHook as default_hooks.checkpoint')
+        runner.logger.warning(
+            'training state not saved: StopSignalHook needs AtomicCheckpointHook as default_hooks.checkpoint'
+        )
 
     def _stop(self, runner: Runner, finished_iterations: int) -> None:
-        told = self._received or 'a signal to another process'
+        reason = self._received or 'a signal to another process'
         state = f'state saved to {self._saved}' if self._saved else 'the state could NOT be saved'
-        message = f'ended by {told} after iteration {finished_iterations}; {state}; continue with --resume'
+        message = f'ended by {reason} after iteration {finished_iterations}; {state}; continue with --resume'
         runner.logger.warning(message)
         if note := os.environ.get(STOP_NOTE):
             with contextlib.suppress(OSError):
                 Path(note).write_text(message, encoding='utf-8')
-        for number in self._previous:  # until the process has ended
+        for number in self._previous:  # nothing interrupts the exit
             signal.signal(number, signal.SIG_IGN)
         raise StopRequested(message)
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
 
 def _validates_now(runner: Runner) -> bool:
-    """Whether an iteration-based loop validates after this iteration, without being asked again on resume."""
+    """Whether an iteration-based loop validates after this iteration; it would not repeat that after resuming."""
     loop, done = runner.train_loop, runner.iter + 1
     if not isinstance(loop, IterBasedTrainLoop) or runner.val_loop is None or done < loop.val_begin:
         return False
@@ -131,13 +130,13 @@ def _validates_now(runner: Runner) -> bool:
 
 
 @contextlib.contextmanager
-def _weights_of_training(runner: Runner) -> Iterator[None]:
-    """Within a validation, have the model hold the weights it trains and not their average."""
-    averages = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
-    for hook in averages:
+def _training_weights(runner: Runner) -> Iterator[None]:
+    """Within a validation, swap the training weights back into the model if ``EMAHook`` has swapped in the average."""
+    ema_hooks = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
+    for hook in ema_hooks:
         hook._swap_ema_parameters()
     try:
         yield
     finally:
-        for hook in averages:
+        for hook in ema_hooks:
             hook._swap_ema_parameters()

@@ -1,4 +1,4 @@
-"""Optimizer wrappers and their constructors, registered in MMEngine's registries."""
+"""Optimizer wrappers and their constructors, registered with MMEngine; guards around their steps."""
 
 from vheat_mm.engine.optimizers.cpu_amp import CPUAmpOptimWrapper
 from vheat_mm.engine.optimizers.layer_decay import LayerDecayOptimWrapperConstructor

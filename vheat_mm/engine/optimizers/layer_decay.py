@@ -1,4 +1,4 @@
-"""Layer-wise learning-rate decay under mmdet, mmseg and mmpretrain: the backbone says how deep a parameter lies."""
+"""Layer-wise learning-rate decay under mmdet, mmseg and mmpretrain."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import nn
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """MMEngine's default constructor, with learning rates that fall from the heads to the stem.
+    """MMEngine's default constructor, with learning rates that decrease from the heads to the stem.
 
-    mmdet's and mmseg's constructors of this kind know their backbones by class name, and mmpretrain's asks the model,
-    where only classifiers answer. This one asks ``model.backbone.get_layer_depth``, which :class:`~vheat_mm.VHeat` and
-    many of mmpretrain's backbones have.
+    mmdet's and mmseg's constructors of this kind support a fixed list of backbones, and mmpretrain's supports
+    classifiers only. This one calls ``model.backbone.get_layer_depth``, which :class:`~vheat_mm.VHeat` and many of
+    mmpretrain's backbones have.
 
-    ``paramwise_cfg`` takes what the default constructor takes, ``lr_mult`` included, and
+    ``paramwise_cfg`` takes the options of the default constructor, ``lr_mult`` included, and
 
     - ``layer_decay_rate`` (float in (0, 1], required): at depth d of D, from 0 (stem) to D - 1 (output norms, neck,
       heads), the learning rate is multiplied by ``layer_decay_rate ** (D - 1 - d)``.
 
     Raises:
         ValueError: ``layer_decay_rate`` is missing or out of range.
-        TypeError: The model has no backbone that knows its depths.
+        TypeError: The model has no backbone with ``get_layer_depth``.
     """
 
     def _validate_cfg(self) -> None:
@@ -42,7 +42,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def add_params(
         self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module: int | float | None = None
     ) -> None:
-        """Append a group per parameter of ``module``; the model itself comes first, its children through recursion."""
+        """Append a group per parameter of ``module``; called for the model and, by recursion, for its children."""
         super().add_params(params, module, prefix, is_dcn_module)
         if prefix:
             return
@@ -50,7 +50,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not hasattr(backbone, 'get_layer_depth'):
             raise TypeError(
                 f'{type(module).__name__}.backbone is {type(backbone).__name__}, which has no get_layer_depth: '
-                f'drop constructor={type(self).__name__!r} from optim_wrapper, or take a backbone that has it'
+                f'remove constructor={type(self).__name__!r} from optim_wrapper, or use a backbone that has it'
             )
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         rate = self.paramwise_cfg['layer_decay_rate']

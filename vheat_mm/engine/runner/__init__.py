@@ -1,1 +1,1 @@
-"""Around a Runner: processes, resumable data loading, provenance of a run."""
+"""Building a Runner: processes, data loading, environment."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import datetime
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -24,17 +23,23 @@ from vheat_mm.utils.errors import ToolError
 _gloo_used = False
 
 SYNC_BN = {'SyncBN', 'MMSyncBN', 'SyncBatchNorm'}
-_VISUALIZATION_HOOKS = {'DetVisualizationHook', 'SegVisualizationHook', 'VisualizationHook'}
+VISUALIZATION_HOOKS = {'DetVisualizationHook', 'SegVisualizationHook', 'VisualizationHook'}
+# Launcher -> its variables for RANK, WORLD_SIZE, LOCAL_RANK, and what starts the processes.
+LAUNCHERS = dict(
+    pytorch=(('RANK', 'WORLD_SIZE', 'LOCAL_RANK'), 'tools/dist_*.sh'),
+    slurm=(('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'), 'tools/slurm_*.sh'),
+    mpi=(('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'), 'mpirun'),
+)
 
 
 def set_up_processes(cfg: Config, launcher: str) -> list[str]:
-    """Prepare what MMEngine's runner cannot do by itself, in place.
+    """Prepare for several processes, or one, without a GPU, which MMEngine's runner does not support.
 
-    MMEngine binds each process to a GPU. Where there is none, the gloo process group is made here, before the runner
-    sees that it must make one, and the model is wrapped without device.
+    MMEngine binds each process to a GPU. Without one, the gloo process group is initialized here before the runner is
+    built, and the model is wrapped without ``device_ids``.
 
     Args:
-        cfg: The config; ``sync_bn``, ``model``, ``model_wrapper_cfg`` may change.
+        cfg: The config; ``sync_bn``, ``model``, ``model_wrapper_cfg`` may be changed in place.
         launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
 
     Returns:
@@ -69,24 +74,23 @@ def set_up_processes(cfg: Config, launcher: str) -> list[str]:
         find_unused_parameters=cfg.get('find_unused_parameters', False),
         broadcast_buffers=False,
     )
-    # The runner names this process's GPU where device_ids is absent.
+    # Without device_ids in the config, the runner would set this process's GPU.
     cfg.model_wrapper_cfg = {**wrapper, **(cfg.get('model_wrapper_cfg') or {}), 'device_ids': None}
     notes.append(f'no GPU: {process_count()} processes joined by gloo, {threads} threads each')
     return notes
 
 
 def tear_down_processes() -> None:
-    """Leave the process group, if any."""
+    """Destroy the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
-def leave(status: int) -> NoReturn:
-    """End this process with ``status``.
+def exit_process(status: int) -> NoReturn:
+    """Exit with ``status``; after using gloo, without the interpreter's shutdown.
 
-    After using gloo, PyTorch (seen with 2.13.0, on the CPU) aborts in about every tenth process while the interpreter
-    shuts down, "terminate called without an active exception", and a finished run counts as failed. So what is
-    registered to run at exit runs here, and the shut-down itself is left out.
+    In about one of ten processes that used gloo, PyTorch 2.13.0 aborts during that shutdown ("terminate called
+    without an active exception"), and a finished run counts as failed.
     """
     if _gloo_used:
         atexit._run_exitfuncs()
@@ -97,7 +101,7 @@ def leave(status: int) -> NoReturn:
 
 
 def replace_sync_bn(node: object) -> int:
-    """Turn each SyncBN in a (nested) model config into BN, in place; returns how many there were."""
+    """Replace each SyncBN in a (nested) model config with BN, in place; returns the number of replacements."""
     if isinstance(node, (list, tuple)):
         return sum(map(replace_sync_bn, node))
     if not isinstance(node, dict):
@@ -109,48 +113,33 @@ def replace_sync_bn(node: object) -> int:
     return count
 
 
-def paint_in_every_process(runner: Runner) -> None:
-    """Have each process paint the predictions of its own images; the visualizers only work in the first one."""
+def visualize_on_all_ranks(runner: Runner) -> None:
+    """Let each process draw the predictions of its own images; MMEngine's visualizers work on rank 0 only."""
 
-    def everywhere(paint: Callable) -> Callable:
+    def on_this_rank(draw: Callable) -> Callable:
         def wrapper(*args: Any, **kwargs: Any) -> None:
-            with _as_main_process():
-                if runner.visualizer.dataset_meta is None:  # set in the first process only
+            # ``mmengine.dist.master_only``, the visualizers' decorator, calls this function.
+            with mock.patch('mmengine.dist.utils.is_main_process', return_value=True):
+                if runner.visualizer.dataset_meta is None:  # MMEngine sets it on rank 0 only
                     runner.visualizer.dataset_meta = runner.test_dataloader.dataset.metainfo
-                paint(*args, **kwargs)
+                draw(*args, **kwargs)
 
         return wrapper
 
     for hook in runner.hooks:
-        if type(hook).__name__ in _VISUALIZATION_HOOKS and dist.is_initialized():
-            hook.after_test_iter = everywhere(hook.after_test_iter)
-
-
-@contextlib.contextmanager
-def _as_main_process() -> Iterator[None]:
-    # What ``mmengine.dist.master_only``, the visualizers' decorator, asks.
-    with mock.patch('mmengine.dist.utils.is_main_process', return_value=True):
-        yield
+        if type(hook).__name__ in VISUALIZATION_HOOKS and dist.is_initialized():
+            hook.after_test_iter = on_this_rank(hook.after_test_iter)
 
 
 def _read_environment(launcher: str) -> None:
-    """Give PyTorch's variables the values of the launcher's; the runner does so on GPUs only."""
-    sources = {
-        'pytorch': {'RANK': 'RANK', 'WORLD_SIZE': 'WORLD_SIZE', 'LOCAL_RANK': 'LOCAL_RANK'},
-        'slurm': {'RANK': 'SLURM_PROCID', 'WORLD_SIZE': 'SLURM_NTASKS', 'LOCAL_RANK': 'SLURM_LOCALID'},
-        'mpi': {
-            'RANK': 'OMPI_COMM_WORLD_RANK',
-            'WORLD_SIZE': 'OMPI_COMM_WORLD_SIZE',
-            'LOCAL_RANK': 'OMPI_COMM_WORLD_LOCAL_RANK',
-        },
-    }[launcher]
-    if missing := [name for name in sources.values() if name not in os.environ]:
-        starter = {'pytorch': 'tools/dist_*.sh', 'slurm': 'tools/slurm_*.sh', 'mpi': 'mpirun'}[launcher]
+    """Set PyTorch's environment variables from the launcher's; MMEngine does so for GPUs only."""
+    names, starter = LAUNCHERS[launcher]
+    if missing := [name for name in names if name not in os.environ]:
         raise ToolError(
             f'--launcher {launcher}: the environment lacks {", ".join(missing)}; start through {starter}, '
             'or drop --launcher to run one process'
         )
-    os.environ.update({target: os.environ[source] for target, source in sources.items()})
+    os.environ.update(zip(('RANK', 'WORLD_SIZE', 'LOCAL_RANK'), [os.environ[name] for name in names], strict=True))
     os.environ.setdefault('MASTER_PORT', '29500')
     if launcher == 'slurm' and 'MASTER_ADDR' not in os.environ:
         os.environ['MASTER_ADDR'] = _first_slurm_node()
@@ -163,11 +152,11 @@ def _first_slurm_node() -> str:
         shown = subprocess.run(['scontrol', 'show', 'hostnames', nodes], capture_output=True, text=True, check=True)
         return shown.stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise ToolError(f'scontrol does not tell the first node of {nodes!r}: set MASTER_ADDR') from error
+        raise ToolError(f'scontrol cannot tell the first node of {nodes!r}: set MASTER_ADDR') from error
 
 
 def _limit_threads() -> int:
-    """Share the cores out, unless the user did; returns the threads of this process."""
+    """Divide the cores among the processes unless OMP_NUM_THREADS is set; returns the threads of this process."""
     if 'OMP_NUM_THREADS' not in os.environ:
         local = int(os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('SLURM_NTASKS_PER_NODE', process_count())))
         cores = int(os.environ.get('SLURM_CPUS_PER_TASK', 0)) or available_cores() // local

@@ -1,6 +1,6 @@
-"""FSDP through MMEngine's ``FlexibleRunner``, mended where MMEngine and PyTorch have parted; see ``docs/fsdp.md``.
+"""FSDP through MMEngine's ``FlexibleRunner``, with fixes for current PyTorch versions; see ``docs/fsdp.md``.
 
-Registered by ``custom_imports = dict(imports=['vheat_mm.fsdp'])`` in a config, as the import needs PyTorch's FSDP.
+Configs register it by ``custom_imports = dict(imports=['vheat_mm.fsdp'])``; the import needs PyTorch's FSDP.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from vheat_mm.models.vheat import Stage
 class ShardedStrategy(FSDPStrategy):
     """MMEngine's ``FSDPStrategy`` (mmengine <= 0.10.7) with six differences.
 
-    - Optimizer states are loaded with PyTorch's present order of arguments; MMEngine's, of PyTorch 2.0, ends every
-      resume with ``TypeError: unhashable type: 'dict'``.
+    - Optimizer states are loaded with the argument order of current PyTorch. MMEngine uses that of PyTorch 2.0, so
+      every resume ends with ``TypeError: unhashable type: 'dict'``.
     - The loss scaler's state of ``AmpOptimWrapper`` is saved and resumed, where MMEngine drops it.
-    - Each stage of the backbone is a unit, gathered and freed on its own. A single block cannot be one: its stage
-      reads the block's ``to_k`` before it calls the block.
-    - Without a GPU the model stays on the CPU, where MMEngine names a GPU of the local rank's number.
-    - Weights are saved without FSDP's marks, so that safe loading takes them.
-    - Checkpoints are whole (``epoch_1.pth``, as DDP writes them). MMEngine's ``'local'`` ones hold classes that safe
-      loading refuses.
+    - Each stage of the backbone is an FSDP unit. A block cannot be one: its stage reads the block's ``to_k`` before
+      it calls the block.
+    - Without a GPU the model stays on the CPU, where MMEngine chooses a GPU by the local rank.
+    - Weights are saved without the attributes that FSDP sets on tensors, so that safe loading accepts them.
+    - Checkpoints hold full weights (``epoch_1.pth``, as DDP writes them). MMEngine's ``'local'`` ones hold classes
+      that safe loading refuses.
 
     Args:
         model_wrapper: Arguments of ``MMFullyShardedDataParallel``, such as ``auto_wrap_policy``. ``use_orig_params``
             is set, without which ``paramwise_cfg`` finds no parameters.
-        **kwargs: Those of ``FSDPStrategy``, but for ``state_dict_cfg``.
+        **kwargs: Those of ``FSDPStrategy``, except ``state_dict_cfg``.
 
     Raises:
         ValueError: ``state_dict_cfg`` or ``use_orig_params=False`` was given.
@@ -42,7 +42,7 @@ class ShardedStrategy(FSDPStrategy):
 
     def __init__(self, *, model_wrapper: dict | None = None, **kwargs: Any) -> None:
         if 'state_dict_cfg' in kwargs:
-            raise ValueError('ShardedStrategy writes whole checkpoints: remove strategy.state_dict_cfg')
+            raise ValueError('ShardedStrategy always saves full weights: remove strategy.state_dict_cfg')
         wrapper = dict(
             type='MMFullyShardedDataParallel', use_orig_params=True, auto_wrap_policy=ModuleWrapPolicy({Stage})
         ) | (model_wrapper or {})
@@ -53,26 +53,26 @@ class ShardedStrategy(FSDPStrategy):
             wrapper['device_id'] = torch.device('cpu')
         super().__init__(model_wrapper=wrapper, state_dict_cfg='full', **kwargs)
         self.state_dict_type = StateDictType.FULL_STATE_DICT
-        # Moving to the CPU what is there already copies nothing, and PyTorch frees it: a segmentation fault.
+        # On the CPU, offloading copies nothing, and PyTorch then frees the weights themselves: a segmentation fault.
         self.state_dict_config = FullStateDictConfig(rank0_only=True, offload_to_cpu=not on_cpu)
         self.optim_state_dict_config = FullOptimStateDictConfig(rank0_only=True, offload_to_cpu=not on_cpu)
 
     def model_state_dict(self) -> dict:
-        """The whole weights in the first process, without the marks that FSDP leaves on them.
+        """The full weights on rank 0, without the attributes that FSDP sets on tensors.
 
-        A tensor with attributes of its own is pickled as code to be run, which ``read_checkpoint`` refuses.
+        A tensor with extra attributes is pickled with a function call that ``read_checkpoint`` refuses.
         """
         return {key: value.detach() for key, value in super().model_state_dict().items()}
 
     def optim_state_dict(self) -> dict:
-        """The whole optimizer state in the first process, by names of parameters; the loss scaler's with it."""
+        """The full optimizer state on rank 0, by parameter name, with the loss scaler's."""
         state = FSDP.optim_state_dict(self.model, self.optim_wrapper.optimizer)
         if hasattr(self.optim_wrapper, 'loss_scaler'):
             state['loss_scaler'] = self.optim_wrapper.loss_scaler.state_dict()
         return state
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
-        """Load this process's part of what :meth:`optim_state_dict` returned."""
+        """Load this rank's part of what :meth:`optim_state_dict` returned."""
         state_dict = dict(state_dict)
         scaler = state_dict.pop('loss_scaler', None)
         optimizer = self.optim_wrapper.optimizer

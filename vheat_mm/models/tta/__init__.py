@@ -1,4 +1,4 @@
-"""Test-time augmentation: views of an image, and one prediction of a detector from several of them."""
+"""Test-time augmentation: several views of an image, and one prediction from them."""
 
 from vheat_mm.models.tta.classification import ClsTTAModel
 from vheat_mm.models.tta.crop import CropAt

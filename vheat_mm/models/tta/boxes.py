@@ -1,4 +1,4 @@
-"""Merging the boxes that several views show of one image."""
+"""Merging the boxes of several views of one image."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 def merge_boxes(views: Sequence[InstanceData], iou_threshold: float, max_per_img: int) -> InstanceData:
     """Keep the best-scored box of each object.
 
-    Greedy as in non-maximum suppression, with one difference: boxes of the same view do not suppress each other, as
-    the detector has settled that already, by a rule of its own. Identical views thus give what one of them gives.
+    Greedy non-maximum suppression in which boxes of the same view do not suppress each other, because the detector
+    has done that already. Identical views therefore give the result of one view.
 
     Args:
         views: Per view ``bboxes`` (n, 4) in pixels of the image, ``scores`` (n,), ``labels`` (n,).
-        iou_threshold: A box is dropped if a better one of its class, from another view, overlaps it by more.
-        max_per_img: Boxes to keep at most.
+        iou_threshold: A box is removed if a box of its class from another view has a higher score and a larger IoU.
+        max_per_img: Maximum number of boxes.
 
     Returns:
-        ``bboxes``, ``scores``, ``labels``, by falling score.
+        ``bboxes``, ``scores``, ``labels``, highest score first.
     """
     from mmdet.structures.bbox import bbox_overlaps
 
@@ -39,7 +39,7 @@ def merge_boxes(views: Sequence[InstanceData], iou_threshold: float, max_per_img
 
 
 def _greedy(rivals: Tensor, limit: int) -> Tensor:
-    """Indices to keep, best first: (n, n) of booleans, symmetric, rows by falling score -> (k,)."""
+    """Indices to keep, best first: (n, n) symmetric mask, rows in order of score -> (k,)."""
     alive = torch.ones(len(rivals), dtype=torch.bool)
     kept: list[int] = []
     for i in range(len(rivals)):

@@ -11,9 +11,9 @@ from mmengine.registry import MODELS
 
 @MODELS.register_module()
 class ClsTTAModel(BaseTTAModel):
-    """Average the scores of an image's views, and take the label from the average.
+    """Average the scores of an image's views and set the label from the average.
 
-    mmpretrain's ``AverageClsScoreTTA`` leaves the first view's label beside the averaged scores.
+    mmpretrain's ``AverageClsScoreTTA`` keeps the label of the first view.
     """
 
     def merge_preds(self, data_samples_list: Sequence[Sequence[Any]]) -> list:
@@ -24,6 +24,6 @@ class ClsTTAModel(BaseTTAModel):
         merged = samples[0].new()
         score = sum(sample.pred_score for sample in samples) / len(samples)
         merged.set_pred_score(score)
-        if not hasattr(getattr(self.module, 'head', None), 'thr'):  # multi-label heads have labels by threshold
+        if not hasattr(getattr(self.module, 'head', None), 'thr'):  # multi-label heads set labels by a threshold
             merged.set_pred_label(score.argmax(0, keepdim=True))
         return merged

@@ -1,4 +1,4 @@
-"""Crops at fixed places, for multi-crop testing of classifiers."""
+"""Crops at fixed positions, for multi-crop testing of classifiers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from mmengine.registry import TRANSFORMS
 
 POSITIONS = dict(
     center=(0.5, 0.5), top_left=(0.0, 0.0), top_right=(0.0, 1.0), bottom_left=(1.0, 0.0), bottom_right=(1.0, 1.0)
-)  # share of the leftover above and to the left of the crop
+)  # part of the cropped margin that lies above and to the left
 
 
 @TRANSFORMS.register_module()
 class CropAt:
-    """Crop ``results['img']`` (H, W, C) in its middle or at a corner.
+    """Crop ``results['img']`` (H, W, C) at its center or a corner.
 
     Args:
-        crop_size: Side, or (height, width), in pixels; images that are smaller are taken whole along that side.
+        crop_size: Side, or (height, width), in pixels; a side of the image that is smaller is not cropped.
         position: One of :data:`POSITIONS`.
 
     Raises:

@@ -17,7 +17,7 @@ from vheat_mm.models.tta.queries import QueryMerger
 from vheat_mm.models.tta.views import check_views, flip_boxes, flip_maps, to_view
 
 View = dict[str, list]
-_PLAIN = ('StandardRoIHead', 'CascadeRoIHead', 'PointRendRoIHead')
+_SUPPORTED_HEADS = ('StandardRoIHead', 'CascadeRoIHead', 'PointRendRoIHead')
 
 
 @MODELS.register_module()
@@ -25,21 +25,21 @@ class InstanceSegTTAModel(BaseTTAModel):
     """Predict from flipped and rescaled views of each image: boxes, and masks where the detector has them.
 
     - Boxes of all views are merged in image coordinates (:func:`.boxes.merge_boxes`).
-    - Masks of RoI heads (Mask R-CNN, Cascade Mask R-CNN, PointRend) are predicted for the merged boxes in every view,
-      flipped back and averaged as probabilities in the frame of each box, then pasted and thresholded once.
+    - RoI heads (Mask R-CNN, Cascade Mask R-CNN, PointRend) predict masks for the merged boxes in every view. The
+      probabilities are flipped back and averaged per box, then pasted and thresholded once.
     - Queries of mask transformers (MaskFormer, Mask2Former: instance and panoptic) are matched between views, and
       their class and mask probabilities averaged (:class:`.queries.QueryMerger`).
 
-    Views are worked off one after another, twice by detectors with RoI masks: memory does not grow with their number.
+    Views are processed one after another, twice by detectors with RoI masks: memory does not grow with their number.
 
     Args:
         module: The detector or its config.
-        tta_cfg: As of mmdet's ``DetTTAModel``: ``nms=dict(iou_threshold=...)`` and ``max_per_img``; what is not given
-            is the detector's own.
-        data_preprocessor: Put in place of the detector's, if ``module`` is a config.
+        tta_cfg: As of mmdet's ``DetTTAModel``: ``nms=dict(iou_threshold=...)`` and ``max_per_img``; defaults are
+            the detector's own values.
+        data_preprocessor: Replaces the detector's if ``module`` is a config.
 
     Raises:
-        TypeError: The detector predicts masks in a way that is not listed above.
+        TypeError: The detector predicts masks in another way; unknown options in ``tta_cfg``.
     """
 
     def __init__(self, module: dict | nn.Module, tta_cfg: Mapping | None = None, data_preprocessor: Any = None):
@@ -56,20 +56,20 @@ class InstanceSegTTAModel(BaseTTAModel):
         self.max_per_img = given.pop('max_per_img', own.get('max_per_img', own.get('max_per_image', 100)))
         if given:
             raise TypeError(f'tta_cfg takes nms and max_per_img, got {sorted(given)} as well')
-        self.merge = self._merging()
+        self.merge = self._choose_merge()
 
-    def _merging(self):
+    def _choose_merge(self):
         module = self.module
         if hasattr(module, 'panoptic_fusion_head'):
             if hasattr(module.panoptic_fusion_head, 'instance_postprocess'):
                 return self._merge_queries
         elif not any(map(_predicts_masks, module.modules())):
             return self._merge_boxes
-        elif getattr(module, 'with_rpn', False) and module.roi_head.with_mask and _has_plain_masks(module.roi_head):
+        elif getattr(module, 'with_rpn', False) and module.roi_head.with_mask and _has_supported_masks(module.roi_head):
             return self._merge_rois
         raise TypeError(
-            f'test-time augmentation does not know how {type(module).__name__} predicts masks; it merges those of RoI '
-            'heads (Mask R-CNN, Cascade Mask R-CNN, PointRend) and of MaskFormer and Mask2Former: drop --tta'
+            f'test-time augmentation cannot merge the masks of {type(module).__name__}; it supports RoI heads '
+            '(Mask R-CNN, Cascade Mask R-CNN, PointRend), MaskFormer and Mask2Former: drop --tta'
         )
 
     @torch.no_grad()
@@ -90,17 +90,10 @@ class InstanceSegTTAModel(BaseTTAModel):
 
     def merge_preds(self, data_samples_list: Sequence[Sequence]) -> list:
         """Merge predictions of detectors without masks: by image and view -> by image."""
-        return [self._merged_sample(samples, self._merge_samples(samples)) for samples in data_samples_list]
-
-    def _merge_samples(self, samples: Sequence) -> InstanceData:
-        found = [_in_image(sample.pred_instances, sample.metainfo) for sample in samples]
-        return merge_boxes(found, self.iou_threshold, self.max_per_img)
-
-    @staticmethod
-    def _merged_sample(samples: Sequence, prediction: InstanceData):
-        sample = samples[0]
-        sample.pred_instances = prediction
-        return sample
+        for samples in data_samples_list:
+            found = [_in_image(sample.pred_instances, sample.metainfo) for sample in samples]
+            samples[0].pred_instances = merge_boxes(found, self.iou_threshold, self.max_per_img)
+        return [samples[0] for samples in data_samples_list]
 
     def _merge_boxes(self, views: list[View]) -> list:
         return self.merge_preds(list(zip(*(self.module.test_step(view) for view in views), strict=True)))
@@ -133,10 +126,9 @@ class InstanceSegTTAModel(BaseTTAModel):
         for view in views:
             of_view = self._roi_masks(view, merged)
             totals = [a + b for a, b in zip(totals, of_view, strict=True)] if totals else of_view
-        return [
-            self._merged_sample([sample], self._paste(result, total / len(views), sample.metainfo))
-            for sample, result, total in zip(samples, merged, totals, strict=True)
-        ]
+        for sample, result, total in zip(samples, merged, totals, strict=True):
+            sample.pred_instances = self._paste(result, total / len(views), sample.metainfo)
+        return samples
 
     def _features(self, view: View) -> tuple[Any, list]:
         data = self.module.data_preprocessor(view, False)
@@ -159,7 +151,7 @@ class InstanceSegTTAModel(BaseTTAModel):
         roi_head = self.module.roi_head
         placed = InstanceData(bboxes=to_view(result.bboxes, meta), labels=result.labels, scores=result.scores)
         with _recorded(_mask_head(roi_head)) as calls:
-            # Cascades would flip masks by themselves, by negative strides, which PyTorch does not have.
+            # Cascades would flip masks themselves, with negative strides, which PyTorch does not support.
             roi_head.predict_mask(features, [dict(meta, flip=False)], [placed])
         [([mask], activated)] = calls
         channel = result.labels if mask.shape[1] > 1 else torch.zeros_like(result.labels)
@@ -186,13 +178,13 @@ def _predicts_masks(module: nn.Module) -> bool:
     return in_box_head or getattr(module, 'mask_head', None) is not None
 
 
-def _has_plain_masks(roi_head: Any) -> bool:
-    """Whether masks depend on features and boxes alone, and scores do not depend on masks.
+def _has_supported_masks(roi_head: Any) -> bool:
+    """Whether masks depend on features and boxes only, and scores do not depend on masks.
 
-    Not so in HTC and SCNet (semantic features) and Mask Scoring R-CNN, which bring a prediction of their own.
+    HTC and SCNet (semantic features) and Mask Scoring R-CNN override these methods.
     """
     methods = (type(roi_head).predict_bbox, type(roi_head).predict_mask)
-    return all(method.__qualname__.split('.')[0] in _PLAIN for method in methods)
+    return all(method.__qualname__.split('.')[0] in _SUPPORTED_HEADS for method in methods)
 
 
 def _mask_head(roi_head: Any) -> Any:
@@ -201,13 +193,13 @@ def _mask_head(roi_head: Any) -> Any:
 
 
 def _in_image(result: InstanceData, meta: Mapping) -> InstanceData:
-    """Boxes of a view, scaled back by the detector, in pixels of the image; masks are left behind."""
+    """Boxes of a view, which the detector has rescaled, in pixels of the image; without masks."""
     return InstanceData(bboxes=flip_boxes(result.bboxes, meta), scores=result.scores, labels=result.labels)
 
 
 @contextmanager
 def _recorded(head: nn.Module) -> Iterator[list[tuple[Sequence[Tensor], bool]]]:
-    """What a mask head is given to paste: maps by image, and whether they are probabilities already."""
+    """Record the arguments of ``predict_by_feat`` instead of pasting: maps by image, and whether they are sigmoids."""
     calls: list[tuple[Sequence[Tensor], bool]] = []
 
     def record(mask_preds, results_list, *args, activate_map=False, **kwargs):

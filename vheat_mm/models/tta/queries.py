@@ -10,15 +10,15 @@ from torch import Tensor
 
 from vheat_mm.models.tta.views import flip_maps
 
-SAME = 0.5  # masks that overlap by more (soft IoU) show the same object
+SAME_OBJECT_IOU = 0.5  # masks with a larger soft IoU show the same object
 
 
 class QueryMerger:
-    """Running mean over views of what each query says: class and mask probabilities.
+    """Running mean over views of the class and mask probabilities of each query.
 
-    The queries of a view are matched one-to-one with those gathered so far, to the largest sum of overlaps. A pair
-    of the same object is averaged; of any other pair, the query surer of showing an object is kept. Memory: a few
-    masks a query and image, of the image's size, however many views.
+    The queries of a view are matched one-to-one with the merged ones so that the sum of overlaps is largest. Pairs of
+    the same object are averaged; of other pairs, the query with the lower "no object" probability is kept. Memory: a
+    few masks of the image's size per query and image, for any number of views.
     """
 
     def __init__(self, panoptic_head: Any, fusion_head: Any):
@@ -42,7 +42,7 @@ class QueryMerger:
                 self._merged[i] = _merge(self._merged[i], found)
 
     def results(self, samples: list) -> list[dict]:
-        """What the fusion head makes of the merged queries, by image."""
+        """Predictions of the fusion head from the merged queries, by image."""
         results = []
         for sample, (classes, masks, _) in zip(samples, self._merged, strict=True):
             height, width = masks.shape[-2:]
@@ -54,20 +54,20 @@ class QueryMerger:
 
 
 def _merge(merged: tuple[Tensor, Tensor, Tensor], found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge one more view into the mean of those before."""
+    """Merge one more view into the mean of the earlier ones."""
     from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 
     classes, masks, views = merged
     overlap = _soft_iou(masks, found[1])
-    agreement = overlap + classes.sqrt() @ found[0].sqrt().T  # masks first; classes where masks say little
+    agreement = overlap + classes.sqrt() @ found[0].sqrt().T  # classes decide where masks hardly overlap
     _, match = linear_sum_assignment(agreement.cpu().numpy(), maximize=True)
     match = torch.as_tensor(match, device=masks.device)
     new_classes, new_masks = found[0][match], found[1][match]
-    same = overlap.gather(1, match[:, None])[:, 0] > SAME
-    surer = ~same & (new_classes[:, -1] < classes[:, -1])  # the last class is "no object"
-    # weight of the new query in the mean: 1 / n of the same object, else all or nothing
-    weight = torch.where(same, 1 / (views + 1), surer.to(views.dtype))
-    views = torch.where(same, views + 1, torch.where(surer, torch.ones_like(views), views))
+    same = overlap.gather(1, match[:, None])[:, 0] > SAME_OBJECT_IOU
+    more_certain = ~same & (new_classes[:, -1] < classes[:, -1])  # the last class is "no object"
+    # weight of the new query: 1 / n in a mean over n views of the same object, else 0 or 1
+    weight = torch.where(same, 1 / (views + 1), more_certain.to(views.dtype))
+    views = torch.where(same, views + 1, torch.where(more_certain, torch.ones_like(views), views))
     return (
         torch.lerp(classes, new_classes, weight[:, None]),
         torch.lerp(masks, new_masks, weight[:, None, None]),

@@ -1,4 +1,4 @@
-"""Geometry of a view: what its metadata says, and the way between its frame and the image's."""
+"""Geometry of a view: its metadata, and transforms between its coordinates and the image's."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _NEEDED = ('ori_shape', 'scale_factor', 'flip', 'flip_direction')
 
 
 def check_views(views: Sequence[Sequence[BaseDataElement]]) -> None:
-    """Check that every sample of every view says how it was made, before anything is computed.
+    """Check the metadata of every sample of every view.
 
     Args:
         views: Samples by view and image.
 
     Raises:
-        ViewError: There is no view; metadata is missing; views of one place are of different images.
+        ViewError: There is no view; metadata is missing; views at the same index are of different images.
     """
     if not views or not views[0]:
         raise ViewError('test-time augmentation got no views: TestTimeAug.transforms of the tta_pipeline is empty')
@@ -33,8 +33,8 @@ def check_views(views: Sequence[Sequence[BaseDataElement]]) -> None:
             ]
             if missing:
                 raise ViewError(
-                    f'{where} comes without {", ".join(missing)}: in the tta_pipeline, every view needs a Resize (or '
-                    'scale_factor) and a RandomFlip (prob=0. for a view that is not flipped), and PackDetInputs.'
+                    f'{where} lacks {", ".join(missing)}: in the tta_pipeline, every view needs a Resize (or '
+                    'scale_factor) and a RandomFlip (prob=0.0 for a view that is not flipped), and PackDetInputs.'
                     "meta_keys must name 'ori_shape', 'img_shape', 'scale_factor', 'flip' and 'flip_direction'"
                 )
             if meta['flip'] and meta['flip_direction'] not in DIRECTIONS:
@@ -47,7 +47,7 @@ def check_views(views: Sequence[Sequence[BaseDataElement]]) -> None:
 
 
 def flip_boxes(boxes: Tensor, meta: Mapping) -> Tensor:
-    """Boxes (n, 4) as (x1, y1, x2, y2), between the image's pixels and its mirror image's; its own inverse."""
+    """Boxes (n, 4) as (x1, y1, x2, y2), between the image and its flipped view; its own inverse."""
     if not meta['flip']:
         return boxes
     from mmdet.structures.bbox import bbox_flip
