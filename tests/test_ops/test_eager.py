@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,11 @@ def inputs(name, size, dtype):
     }[name]
 
 
+# The tests of numbers run a second time as on a CPU without AVX-512, in a process of its own.
+AVX2 = dict(ONEDNN_MAX_CPU_ISA='AVX2', ATEN_CPU_CAPABILITY='avx2')
+IS_AVX2 = os.environ.get('ONEDNN_MAX_CPU_ISA') == 'AVX2'
+
+CUSTOM_OPS = ['heat_conduction', 'linear', 'split_linear', 'mlp']
 NAMES = ['heat_conduction', 'decay_map', 'norm_gate', 'heat_norm_gate_', 'linear', 'split_linear', 'mlp']
 
 
@@ -146,6 +152,8 @@ def test_large_maps_some_channels_at_a_time(dtype, monkeypatch):
     filter_dct, widths = even_odd.filter_dct, []
     monkeypatch.setattr(even_odd, 'filter_dct', lambda x, *rest: widths.append(x.shape[-1]) or filter_dct(x, *rest))
     x, decay = torch.randn(2, 50, 33, 40).to(dtype), torch.rand(50, 33, 40)
+    if onednn.supports(x) is not True:
+        pytest.skip(f'no kernel here: {onednn.supports(x)}')
     with ops.use_backend('reference'):
         exact = ops.heat_conduction(x.double(), decay.double())
     assert error(ops.heat_conduction(x, decay), exact) < ERRORS[dtype]
@@ -400,7 +408,54 @@ def test_compiled_graph_takes_weights_of_inference_mode(make_vheat):
 
 
 @torch.no_grad()
+def test_custom_ops_count_as_the_reference():
+    """Counters that meet a custom op in a graph; eager mode shows them the reference."""
+    size, w, b = (2, 9, 11), torch.randn, torch.randn
+    conv = (w(2 * C, C, 3, 3), b(2 * C), (2, 2), (1, 1), (1, 1), 1)
+    stem = [w(4, C, 3, 3), b(4), b(4), b(4), w(8, 4, 3, 3), b(8), b(8), b(8)]
+    pairs = [tuple(stem[i : i + 2]) for i in range(0, 8, 2)]
+    x = torch.randn(*size, C)
+    custom = torch.ops.vheat_mm
+    calls = [
+        *((getattr(custom, n), getattr(ops, n), (a := inputs(n, size, torch.float32)), a) for n in CUSTOM_OPS),
+        (custom.convolve, ops.convolve, (x, *conv), (x, *conv)),
+        (custom.embed_patches, ops.embed_patches, (x, stem, 1e-6, 1e-6), (x, *pairs[:2], 1e-6, *pairs[2:], 1e-6)),
+    ]
+    for op, function, args, same in calls:
+        with FlopCounterMode(display=False) as found:
+            op(*args)
+        with FlopCounterMode(display=False) as expected:
+            function(*same)
+        assert found.get_total_flops() == expected.get_total_flops() > 0, op
+
+
+@torch.no_grad()
 def test_exported_graph_needs_nothing_of_ours(make_vheat):
     exported = torch.export.export(make_vheat().eval(), (torch.randn(1, 3, 64, 64),))
     names = {str(node.target) for node in exported.graph.nodes}
     assert not [name for name in names if name.startswith(('vheat_mm', 'mkldnn'))]
+
+
+@pytest.mark.skipif(IS_AVX2, reason='is in that process')
+def test_numbers_on_a_cpu_without_avx512():
+    chosen = '(agree and 41) or whole_network or float64 or trains_in_bfloat16'
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__, '-k', chosen]
+    done = subprocess.run(command, env=os.environ | AVX2, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert ' passed' in done.stdout
+
+
+def test_network_trains_in_bfloat16(make_vheat):
+    """Under autocast and as a bfloat16 model, on every CPU; kernels that the CPU lacks give way to the reference."""
+    if IS_AVX2:
+        assert onednn.supports(torch.ones(1, 2, 2, 8).bfloat16()) is not True
+    model, image = make_vheat(), torch.randn(2, 3, 96, 64)
+    exact = copy.deepcopy(model).double()(image.double())
+    for network, dtype in ((model, torch.float32), (copy.deepcopy(model).bfloat16(), torch.bfloat16)):
+        for train in (True, False):
+            with torch.set_grad_enabled(train), torch.autocast('cpu', torch.bfloat16, enabled=dtype is torch.float32):
+                outputs = network.train(train)(image.to(dtype))
+            assert all(error(a, b) < 0.03 for a, b in zip(outputs, exact, strict=True))
+            if train:
+                sum(out.float().square().sum() for out in outputs).backward()
+                assert all(p.grad.isfinite().all() for p in network.parameters())

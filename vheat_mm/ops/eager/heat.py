@@ -19,7 +19,7 @@ from vheat_mm.ops.autograd import compute_dtype, needs_gradient, once_differenti
 from vheat_mm.ops.dct import dct_basis
 from vheat_mm.ops.eager import even_odd, onednn
 from vheat_mm.ops.eager.norm_gate import write_norm_gate
-from vheat_mm.ops.library import custom_op
+from vheat_mm.ops.library import conduction_flops, custom_op
 
 # Modes of a large image are made for some channels at a time, of this many bytes: the two halves of them then each stay
 # below glibc's mmap threshold, above which memory is returned to the system and taken anew, page by page.
@@ -61,7 +61,7 @@ def heat_conduction(x: Tensor, decay: Tensor) -> Tensor:
     return _heat_conduction(x.to(compute_dtype(x)), decay)
 
 
-@custom_op('heat_conduction')
+@custom_op('heat_conduction', conduction_flops)
 def _heat_conduction(x: Tensor, decay: Tensor) -> Tensor:
     return _filter_dct(x, _multiply(decay, x.dtype), x.new_empty(x.shape))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from vheat_mm.ops import reference
 from vheat_mm.ops.autograd import compute_dtype, needs_gradient
 from vheat_mm.ops.eager import onednn
-from vheat_mm.ops.library import custom_op
+from vheat_mm.ops.library import custom_op, linear_flops
 
 
 def supports_inference(x: Tensor, *parameters: Tensor | None) -> bool | str:
@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _linear(x.to(compute_dtype(x)), weight, bias)
 
 
-@custom_op('linear')
+@custom_op('linear', linear_flops)
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows, bias = x.reshape(-1, x.shape[-1]), None if bias is None else bias.to(x.dtype)
     out = onednn.product(rows, onednn.packed(weight, x.dtype)[0], bias)
@@ -61,7 +61,7 @@ def split_linear(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
     return first, second
 
 
-@custom_op('split_linear')
+@custom_op('split_linear', linear_flops)
 def _split_linear(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     halves = zip(onednn.packed(weight, x.dtype, parts=2), bias.to(x.dtype).chunk(2), strict=True)

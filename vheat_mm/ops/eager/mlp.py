@@ -12,7 +12,7 @@ from vheat_mm.ops import reference
 from vheat_mm.ops.autograd import compute_dtype, needs_gradient, once_differentiable, without_autocast
 from vheat_mm.ops.eager import onednn
 from vheat_mm.ops.eager.linear import supports_inference
-from vheat_mm.ops.library import custom_op
+from vheat_mm.ops.library import custom_op, mlp_flops
 
 # Repeating the first product of an MLP in backward costs C / 2 operations for each byte not kept: too many from here.
 KEEP_FROM_WIDTH = 384
@@ -24,7 +24,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     return _mlp(x.to(compute_dtype(x)), weight1, bias1, weight2, bias2)
 
 
-@custom_op('mlp')
+@custom_op('mlp', mlp_flops)
 def _mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
     (w1,), (w2,) = onednn.packed(weight1, x.dtype), onednn.packed(weight2, x.dtype)
     b1, b2 = bias1.to(x.dtype), bias2.to(x.dtype)

@@ -10,7 +10,7 @@ from vheat_mm.ops import reference
 from vheat_mm.ops.autograd import compute_dtype, needs_gradient
 from vheat_mm.ops.eager import onednn
 from vheat_mm.ops.eager.linear import supports_inference
-from vheat_mm.ops.library import custom_op
+from vheat_mm.ops.library import convolution_flops, convolved_sides, custom_op, stem_flops
 
 Pair = tuple[Tensor, Tensor]
 Ints = tuple[int, ...]
@@ -28,7 +28,7 @@ def embed_patches(x: Tensor, conv1: Pair, norm1: Pair, eps1: float, conv2: Pair,
     return _embed_patches(x.to(compute_dtype(x)), [*conv1, *norm1, *conv2, *norm2], eps1, eps2)
 
 
-@custom_op('embed_patches')
+@custom_op('embed_patches', stem_flops)
 def _embed_patches(x: Tensor, parameters: list[Tensor], eps1: float, eps2: float) -> Tensor:
     """The map between the convolutions is twice as large as any other: it is made image by image, strip by strip."""
     weight1, bias1, scale1, shift1, weight2, bias2, scale2, shift2 = parameters
@@ -84,7 +84,7 @@ def convolve(
     return _convolve(x.to(compute_dtype(x)), weight, bias, list(stride), list(padding), list(dilation), groups)
 
 
-@custom_op('convolve')
+@custom_op('convolve', convolution_flops)
 def _convolve(
     x: Tensor,
     weight: Tensor,
@@ -109,8 +109,5 @@ def _(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    sides = [
-        (side + 2 * p - d * (k - 1) - 1) // s + 1
-        for side, p, d, k, s in zip(x.shape[1:3], padding, dilation, weight.shape[2:], stride, strict=True)
-    ]
+    sides = convolved_sides(x.shape[1:3], weight.shape[2:], stride, padding, dilation)
     return x.new_empty(x.shape[0], *sides, weight.shape[0])

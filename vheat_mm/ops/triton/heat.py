@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vheat_mm.ops import reference
 from vheat_mm.ops.autograd import once_differentiable
-from vheat_mm.ops.library import custom_op
+from vheat_mm.ops.library import conduction_flops, custom_op
 from vheat_mm.ops.triton import tiles
 from vheat_mm.ops.triton.common import as_rows, dot, launch, precision, supports
 from vheat_mm.ops.triton.cosine import along_height, along_height_backward, along_width, basis, scale
@@ -48,7 +48,7 @@ def heat_conduction(x: Tensor, decay: Tensor) -> Tensor:
     return _heat_conduction(x, decay)
 
 
-@custom_op('triton_heat_conduction')
+@custom_op('triton_heat_conduction', conduction_flops)
 def _heat_conduction(x: Tensor, decay: Tensor) -> Tensor:
     return along_width(along_height(along_width(x), decay), inverse=True)
 
@@ -231,7 +231,7 @@ def heat_norm_gate_(x: Tensor, gate: Tensor, decay: Tensor, weight: Tensor, bias
     return _heat_norm_gate(x, gate, decay, weight, bias, eps)
 
 
-@custom_op('triton_heat_norm_gate')
+@custom_op('triton_heat_norm_gate', conduction_flops)
 def _heat_norm_gate(x: Tensor, gate: Tensor, decay: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return _launch_norm_gate(x, gate, decay, weight, bias, eps)
 
