@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import sys
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ from benchmark_report import describe_run, print_table, write_page, write_result
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from vheat_mm.ops import get_backend, use_backend
+from vheat_mm.ops import get_backend
 
 SQUARES = ('224', '256', '384', '512', '640', '768', '1024', '1280')
 PRESETS = {
@@ -185,10 +186,11 @@ def roofline(model, image: torch.Tensor, seconds: float, limits: dict[str, float
     """Arithmetic and traffic that a forward pass cannot avoid against what the machine does at best."""
     element = torch.empty((), dtype=DTYPES[dtype]).element_size()
     size = (image.shape[2], image.shape[3])
-    with use_backend('reference'), torch.no_grad():
-        model(image)  # decays are kept from here on, as in the runs that were timed
-        with FlopCounterMode(display=False) as counter:
-            model(image)
+    counted = copy.deepcopy(model)
+    if getattr(counted, 'freq_embed', None) is not None:
+        counted.switch_to_deploy(size)  # decays are kept in the runs that are timed
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        counted(image)
     flops = counter.get_total_flops()
     if get_backend() == 'fast' and image.device.type == 'cpu':
         flops -= even_odd_flops(model, image.shape[0], size, DTYPES[dtype])

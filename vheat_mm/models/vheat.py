@@ -1,8 +1,8 @@
 """vHeat: Building Vision Models upon Heat Conduction (arXiv 2405.16555, CVPR 2025), as an OpenMMLab backbone.
 
 Same function and state-dict keys as the reference release (MzeroMiko/vHeat). What differs: maps stay channels-last
-from the stem to the output norms, decay maps are kept at inference, stages after the last requested output are not
-built.
+from the stem to the output norms, decay maps are kept at inference on CPUs, stages after the last requested output are
+not built.
 
 Every module calls its submodules. Where nobody could notice (:func:`vheat_mm.models.plain.may_fuse`), kernels of
 :mod:`vheat_mm.ops` read their weights instead.
@@ -149,9 +149,8 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_active():
             return x
-        keep = 1.0 - self.drop_prob
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-        return x * (mask / keep)
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1.0 - self.drop_prob)
+        return x * (mask / (1.0 - self.drop_prob))
 
     def is_active(self) -> bool:
         return self.training and self.drop_prob > 0.0
@@ -172,12 +171,7 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        mlp_ratio: float,
-        drop_path: float,
-        post_norm: bool,
-        layer_scale: float | None,
+        self, dim: int, mlp_ratio: float, drop_path: float, post_norm: bool, layer_scale: float | None
     ) -> None:
         super().__init__()
         self.post_norm = post_norm

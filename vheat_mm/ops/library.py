@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from vheat_mm.ops.registry import HAS_CUSTOM_OPS
+
+_FLOPS: dict[str, Callable[..., int]] = {}
 
 
 class _Missing:
@@ -33,19 +34,30 @@ def custom_op(name: str, flops: Callable[..., int] | None = None) -> Callable[[C
 
     Args:
         name: In ``torch.ops.vheat_mm``.
-        flops: Formula for ``torch.utils.flop_counter``, which calls it with the shapes of the arguments.
+        flops: Operations by the shapes of the arguments; see :func:`register_flop_formulas`.
     """
     if not HAS_CUSTOM_OPS:
         return _Missing
 
     def decorate(function: Callable[..., Any]) -> Any:
-        op = torch.library.custom_op(f'vheat_mm::{name}', mutates_args=())(function)
         if flops is not None:
-            formula = lambda *args, out_shape=None, **kwargs: flops(*args)  # noqa: E731
-            register_flop_formula(getattr(torch.ops.vheat_mm, name))(formula)
-        return op
+            _FLOPS[name] = flops
+        return torch.library.custom_op(f'vheat_mm::{name}', mutates_args=())(function)
 
     return decorate
+
+
+def register_flop_formulas() -> None:
+    """Have ``torch.utils.flop_counter`` count the custom ops in graphs; in eager mode it is shown the reference.
+
+    Not done on import, since that module of PyTorch imports Triton where it is installed.
+    """
+    from torch.utils.flop_counter import register_flop_formula
+
+    for name, flops in _FLOPS.items():
+        formula = lambda *args, out_shape=None, flops=flops, **kwargs: flops(*args)  # noqa: E731
+        register_flop_formula(getattr(torch.ops.vheat_mm, name))(formula)
+    _FLOPS.clear()  # PyTorch takes a formula once
 
 
 def conduction_flops(x: torch.Size, *_: Any) -> int:
