@@ -6,6 +6,7 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vheat_mm.ops.registry import is_traced
@@ -30,13 +31,33 @@ def dct_basis(n: int, like: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or is_traced(like):
         return dct_matrix(n, like.dtype, like.device)
-    return _kept_matrix(n, like.dtype, like.device)
+    return kept_basis(n, like.dtype, like.device)
 
 
-@functools.lru_cache(maxsize=256)  # one for each length of a side: detection at 800x1333 needs about 60
-def _kept_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+@functools.lru_cache(maxsize=512)  # for each length of a side one, two of Triton's: detection at 800x1333 needs 120
+def kept_basis(
+    n: int, dtype: torch.dtype, device: torch.device, inverse: bool = False, side: int | None = None
+) -> Tensor:
+    """:func:`dct_matrix`, or its inverse, padded with zeros to (side, side)."""
     with torch.inference_mode(False), torch.no_grad():  # a matrix made in inference mode could not serve backward
-        return dct_matrix(n, dtype).to(device)
+        matrix = dct_matrix(n, dtype)
+        matrix = matrix.mT if inverse else matrix
+        padding = 0 if side is None else side - n
+        return F.pad(matrix, (0, padding, 0, padding)).contiguous().to(device)
+
+
+def frequencies_of(like: Tensor) -> Tensor:
+    """:func:`squared_frequencies` (H, W, 1) of a map (H, W, C), in its type and on its device; kept as bases are."""
+    size = (like.shape[0], like.shape[1])
+    if torch.compiler.is_compiling() or is_traced(like):
+        return squared_frequencies(*size, like.dtype, like.device).unsqueeze(-1)
+    return _kept_frequencies(*size, like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_frequencies(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return squared_frequencies(height, width, dtype, device).unsqueeze(-1)
 
 
 def squared_frequencies(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vheat_mm.ops.autograd import upcast, without_autocast
-from vheat_mm.ops.dct import dct_basis, squared_frequencies
+from vheat_mm.ops.dct import dct_basis, frequencies_of
 from vheat_mm.ops.freq_embed import resize_freq_embed
 from vheat_mm.ops.registry import Op
 
@@ -99,7 +99,7 @@ class _Float16Conduction(torch.autograd.Function):
 def decay_of(k: Tensor) -> Tensor:
     """``exp(-w k)`` of a diffusivity k (H, W, C), in float32 or float64: a half type would lose ``w k``."""
     k = upcast(k)
-    return torch.exp(-squared_frequencies(k.shape[0], k.shape[1], k.dtype, k.device).unsqueeze(-1) * k)
+    return torch.exp(-frequencies_of(k) * k)
 
 
 @Op

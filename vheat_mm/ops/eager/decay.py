@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vheat_mm.ops import decay_cache, reference
 from vheat_mm.ops.autograd import compute_dtype, needs_gradient, once_differentiable, without_autocast
-from vheat_mm.ops.dct import squared_frequencies
+from vheat_mm.ops.dct import frequencies_of
 from vheat_mm.ops.eager import onednn
 from vheat_mm.ops.library import custom_op
 
@@ -95,8 +95,7 @@ class _DecayMap(torch.autograd.Function):
         with without_autocast(freq_embed):
             k = onednn.dense(freq_embed, weight, bias).relu_()
             active = k > 0
-        h, w, _ = freq_embed.shape
-        decay = k.mul_(-squared_frequencies(h, w, k.dtype, k.device).unsqueeze(-1)).exp_()
+        decay = k.mul_(-frequencies_of(k)).exp_()
         ctx.save_for_backward(freq_embed, weight, decay, active)
         ctx.dtype = dtype
         return decay
@@ -107,7 +106,7 @@ class _DecayMap(torch.autograd.Function):
         freq_embed, weight, decay, active = ctx.saved_tensors
         h, w, c = freq_embed.shape
         with without_autocast(grad):
-            grad_k = (grad * decay).mul_(-squared_frequencies(h, w, grad.dtype, grad.device).unsqueeze(-1))
+            grad_k = (grad * decay).mul_(-frequencies_of(grad))
             grad_k, embeds, weight = (t.to(ctx.dtype) for t in (grad_k.mul_(active).view(-1, c), freq_embed, weight))
             grad_weight, grad_bias = onednn.weight_gradient(grad_k, embeds.reshape(-1, c))
             grad_embed = onednn.dense(grad_k, weight.mT).to(freq_embed.dtype)

@@ -11,14 +11,12 @@ tiles, so that their loads are wide and need no masks. Offsets between groups an
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vheat_mm.ops.dct import dct_matrix
+from vheat_mm.ops.dct import kept_basis
 from vheat_mm.ops.reference import float16_scale
 from vheat_mm.ops.triton import tiles
 from vheat_mm.ops.triton.common import as_rows, dot, launch, precision
@@ -259,17 +257,7 @@ def _transform(
 
 def basis(n: int, like: Tensor, inverse: bool) -> Tensor:
     """Cosine basis (n, n) or its inverse in the type of ``like``, padded with zeros to whole tiles; computed once."""
-    return _kept_basis(n, like.dtype, like.device, inverse)
-
-
-@functools.lru_cache(maxsize=512)  # two for each length of a side: detection at 800x1333 needs about 120
-def _kept_basis(n: int, dtype: torch.dtype, device: torch.device, inverse: bool) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        side = tiles.padded_side(n)
-        matrix = dct_matrix(n, dtype)
-        padded = matrix.new_zeros(side, side)
-        padded[:n, :n] = matrix.mT if inverse else matrix
-        return padded.to(device)
+    return kept_basis(n, like.dtype, like.device, inverse, tiles.padded_side(n))
 
 
 def scale(n: int, dtype: torch.dtype) -> float:
