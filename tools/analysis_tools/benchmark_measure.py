@@ -202,7 +202,7 @@ def machine_limits(device: str, dtype: str) -> dict[str, float]:
     target = torch.empty_like(source)
     x, weight = (torch.randn(rows, n, device=device, dtype=DTYPES[dtype]) for rows in (m, n))
     products = {'product': lambda: x @ weight}
-    if device == 'cpu' and DTYPES[dtype] in onednn.DTYPES:  # which library is faster depends on the processor
+    if onednn.supports(x) is True:  # which library is faster depends on the processor
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, m)  # its best: the roofline, not what the network runs
         products['oneDNN'] = lambda: onednn.product(x, packed)
     with torch.no_grad():
