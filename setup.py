@@ -23,11 +23,11 @@ def read_readme() -> str:
 
 
 # mmcv is in no extra on purpose: its compiled ops must match the torch that is already there, and
-# pip's isolated build would quietly make an mmcv without them. `python -m vheat_mm.doctor` tells
-# what is missing and how to install it.
+# pip's isolated build would build an mmcv without them, without a warning. `python -m vheat_mm.doctor`
+# shows what is missing and how to install it.
 EXTRAS = {
     'det': ['mmdet>=3.1.0,<3.4.0'],
-    # mmseg imports ftfy and regex at start-up but does not ask pip for them.
+    # mmseg imports ftfy and regex but does not list them as requirements.
     'seg': ['mmsegmentation>=1.1.0,<1.3.0', 'ftfy', 'regex'],
     'cls': ['mmpretrain>=1.1.0,<1.3.0'],
     'hub': ['safetensors>=0.4', 'huggingface_hub>=1.0'],

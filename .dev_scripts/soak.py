@@ -5,7 +5,7 @@
 
 ``train`` repeats: a small Mask R-CNN (by epoch) or UPerNet (by iteration) is trained by one or two processes, and
 ended again and again: SIGKILL to all of its processes at a random moment, or in the middle of writing a checkpoint;
-SIGKILL to one of them; SIGTERM to the launcher; SIGKILL and then damage to the newest checkpoint. Each time it is
+SIGKILL to one of them; SIGTERM to the launcher; SIGKILL and then corruption of the newest checkpoint. Each time it is
 started with --resume. Its final weights must equal those of an undisturbed run, and no saved
 checkpoint may be lost. ``infer`` watches the memory of a vHeat whose images never have the same size for long.
 
@@ -64,7 +64,7 @@ RECIPES = {
         ['train_cfg.max_iters=60', 'default_hooks.checkpoint.interval=7', *SHORT],
     ),
 }
-KINDS = ('all', 'saving', 'one', 'sigterm', 'damage')
+KINDS = ('all', 'saving', 'one', 'sigterm', 'corrupt')
 
 
 def launch(recipe: str, processes: int, work_dir: Path, data: Path) -> subprocess.Popen:
@@ -164,7 +164,7 @@ def is_intact(path: Path) -> bool:
     return True
 
 
-def damage(path: str, rng: random.Random) -> str:
+def corrupt(path: str, rng: random.Random) -> str:
     """Cut a file off or flip one bit of a tensor in it."""
     content = bytearray(Path(path).read_bytes())
     if rng.random() < 0.5:
@@ -207,18 +207,20 @@ def train_with_interruptions(
         status = run.wait()
         now, path = newest_iteration(work_dir) if work_dir.exists() else (-1, None)
         if now < reached:
-            raise AssertionError(f'{work_dir}: iteration {reached} was saved, and {now} is what is left')
+            raise AssertionError(
+                f'{work_dir}: iteration {reached} was saved, but the newest intact checkpoint is of iteration {now}'
+            )
         reached = now
         print(f'  {work_dir.name}: interrupted by {kind}, status {status}, saved up to iteration {now}', flush=True)
         if status == 0:
             return
-        if kind == 'damage' and path is not None and sum(map(is_intact, work_dir.glob('*.pth'))) > 1:
-            what = damage(path, rng)
+        if kind == 'corrupt' and path is not None and sum(map(is_intact, work_dir.glob('*.pth'))) > 1:
+            what = corrupt(path, rng)
             before = reached
             reached, other = newest_iteration(work_dir)
             if other == path:
-                raise AssertionError(f'{path}: {what}, and the damage was not found')
-            counts[f'damaged, {what}'] += 1
+                raise AssertionError(f'{path}: {what}, but the file was taken for intact')
+            counts[f'corrupted, {what}'] += 1
             print(f'  {Path(path).name} {what}: iteration {before} -> {reached}', flush=True)
 
 
@@ -251,7 +253,7 @@ def soak_training(minutes: float, out: Path, seed: int) -> dict:
 def soak_inference(minutes: float, seed: int) -> dict:
     """Run a small vHeat at random sizes; returns the memory over time in MB and the cache's size.
 
-    Freed memory stays with the C library until it is asked to give it back, so both figures are taken.
+    The C library keeps freed memory until malloc_trim is called: figures are taken before and after it.
 
     Raises AssertionError where memory in use goes on growing, or the cache outgrows its limit.
     """

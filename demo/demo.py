@@ -186,7 +186,7 @@ def demo(name: str, out: Path, processes: int) -> bool:
     run_logged(
         [
             *('bash', 'tools/dist_test.sh', task.config, str(checkpoint), str(processes)),
-            *('--work-dir', str(test_dir), '--show-dir', str(folder / 'painted')),
+            *('--work-dir', str(test_dir), '--show-dir', str(folder / 'predictions')),
         ],
         folder / 'test.log',
         environment,
@@ -195,8 +195,8 @@ def demo(name: str, out: Path, processes: int) -> bool:
 
     print('[4/4] pictures', flush=True)
     # mmdet keeps the images' names and type, mmseg writes PNG into a folder of its visualizer.
-    painted = newest(folder / 'painted', '**/*.[jp][pn]g').parent
-    pictures = sorted(painted.iterdir())
+    drawn = newest(folder / 'predictions', '**/*.[jp][pn]g').parent
+    pictures = sorted(drawn.iterdir())
     contact_sheet(pictures[:6], folder / 'predictions.png')
     plot = REPO / 'tools' / 'visualization' / 'plot_curves.py'
     run_logged(
@@ -209,7 +209,7 @@ def demo(name: str, out: Path, processes: int) -> bool:
     )
     files = {
         'predictions, six': folder / 'predictions.png',
-        f'predictions, all {len(pictures)}': painted,
+        f'predictions, all {len(pictures)}': drawn,
         'loss and score curves': folder / 'curves.png',
         'checkpoint': checkpoint,
     }

@@ -114,7 +114,7 @@ def textures_of(split: str) -> list[FloatImage]:
 
 
 def texture_crop(texture: FloatImage, size: int, rng: np.random.Generator) -> FloatImage:
-    """A random square of the texture, mirrored and quarter-turned, (size, size)."""
+    """A random square of the texture, flipped and rotated by multiples of 90 degrees, (size, size)."""
     side = int(rng.integers(round(0.65 * texture.shape[1]), texture.shape[1] + 1))
     top = int(rng.integers(texture.shape[0] - side + 1))
     left = int(rng.integers(texture.shape[1] - side + 1))
@@ -154,7 +154,7 @@ def background(
 
 
 def turned(coin: Coin, scale: float, rng: np.random.Generator) -> tuple[FloatImage, FloatImage]:
-    """The coin at a random angle, perhaps mirrored: pixels and coverage (0..1), both (n, n)."""
+    """The coin at a random angle, perhaps flipped: pixels and coverage (0..1), both (n, n)."""
     height, width = coin.mask.shape
     side = int(np.ceil(np.hypot(height, width) * scale)) + 2
     flip = -1.0 if rng.random() < 0.5 else 1.0

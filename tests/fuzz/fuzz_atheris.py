@@ -22,7 +22,7 @@ with atheris.instrument_imports(include=['vheat_mm']):
 
     from vheat_mm.checkpoint import pickle_inspector
 
-FORMS = ('file', 'zip', 'stream', 'safetensors')
+FORMATS = ('file', 'zip', 'stream', 'safetensors')
 
 
 def main() -> None:
@@ -35,15 +35,15 @@ def main() -> None:
     loaders, watch = Loaders(scratch / 'out'), Watch(scratch)
     state = {key: value[:1].clone() if value.ndim else value for key, value in loaders.model.state_dict().items()}
     records = records_of({'model': state})
-    for form, content in valid_files(scratch, state, records).items():
-        (folder / form).write_bytes(bytes([FORMS.index(form)]) + content)
+    for kind, content in valid_files(scratch, state, records).items():
+        (folder / kind).write_bytes(bytes([FORMATS.index(kind)]) + content)
 
     def drive(data: bytes) -> None:
         if len(data) < 2:
             return
-        form, content = FORMS[data[0] % len(FORMS)], data[1:]
-        path = scratch / ('x.safetensors' if form == 'safetensors' else 'x.pth')
-        if form == 'zip':
+        kind, content = FORMATS[data[0] % len(FORMATS)], data[1:]
+        path = scratch / ('x.safetensors' if kind == 'safetensors' else 'x.pth')
+        if kind == 'zip':
             write_zip(path, records | {'data.pkl': content})
         else:
             path.write_bytes(content)
@@ -53,17 +53,17 @@ def main() -> None:
         if found['outcomes']['read_checkpoint'] == 'loaded' or data[0] >= 250:  # the others begin with these two
             found['findings'] += measure(loaders, watch, str(path), others)['findings']
         if found['findings'] or found['seconds'] > 20:
-            raise RuntimeError(f'{form}: {found["findings"]} after {found["seconds"]:.1f} s')
+            raise RuntimeError(f'{kind}: {found["findings"]} after {found["seconds"]:.1f} s')
 
-    for form in FORMS:  # lazy imports happen here
-        drive((folder / form).read_bytes())
+    for kind in FORMATS:  # lazy imports happen here
+        drive((folder / kind).read_bytes())
     limit_memory()
     atheris.Setup([sys.argv[0], *sys.argv[2:], str(folder)], drive)
     atheris.Fuzz()
 
 
 def valid_files(scratch: Path, state: dict[str, torch.Tensor], records: dict[str, bytes]) -> dict[str, bytes]:
-    """One checkpoint in each form."""
+    """One checkpoint in each format."""
     from safetensors.torch import save
 
     torch.save({'model': state}, scratch / 'seed.pth')

@@ -142,9 +142,9 @@ def test_features_are_golden_and_described(narrow, golden, tmp_path, name):
     numbers = golden(f'backbone_{KINDS[name]}.npz')
     torch.save({key[2:]: value.float() for key, value in numbers.items() if key.startswith('w.')}, tmp_path / 'x.pth')
     model = create_model(name, tmp_path / 'x.pth', features_only=True, img_size=64, out_indices=(3, 1)).eval()
-    heard = {}
+    hooked = {}
     for info in model.feature_info:
-        hook = functools.partial(lambda index, *args: heard.update({index: args[-1]}), info['index'])
+        hook = functools.partial(lambda index, *args: hooked.update({index: args[-1]}), info['index'])
         model.get_submodule(info['module']).register_forward_hook(hook)
     image = numbers['wide.x'].float()
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_features_are_golden_and_described(narrow, golden, tmp_path, name):
     assert model.feature_info.module_name() == ['outnorm1', 'outnorm3']
     for info, out in zip(model.feature_info, outputs, strict=True):
         assert_close(out, numbers[f'wide.out{info["index"]}'])
-        assert torch.equal(heard[info['index']].permute(0, 3, 1, 2), out)
+        assert torch.equal(hooked[info['index']].permute(0, 3, 1, 2), out)
 
 
 def test_classifier_describes_its_features(narrow):

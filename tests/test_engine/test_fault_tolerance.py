@@ -280,14 +280,14 @@ def test_a_corrupt_checkpoint_is_named_and_the_one_before_is_used(run, damage):
     assert len(again[1]) == 4
 
 
-def test_training_does_not_start_anew_if_all_checkpoints_are_corrupt(run):
+def test_training_does_not_start_from_scratch_if_all_checkpoints_are_corrupt(run):
     for path in run.glob('*.pth'):
         flip_bit(path)
     last = (run / 'last_checkpoint').read_text()
     for named in (last, os.path.relpath(last)):  # relative and absolute paths name the same files
         (run / 'last_checkpoint').write_text(named)
         for folder in (run, os.path.relpath(run)):
-            with pytest.raises(CheckpointError, match=r'(?s)no intact checkpoint.*epoch_1.pth.*start anew'):
+            with pytest.raises(CheckpointError, match=r'(?s)no intact checkpoint.*epoch_1.pth.*start from scratch'):
                 find_newest(folder)
 
 

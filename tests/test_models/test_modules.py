@@ -1,4 +1,4 @@
-"""A module is a module: what is put in place of a submodule, around it or on its weights takes effect, everywhere."""
+"""Modules are called: hooks, wrapped or replaced layers and changed weights take effect, with every backend."""
 
 import copy
 
@@ -30,7 +30,7 @@ WEIGHTED = [n for n in WEIGHTED if n not in ('layers.0.0', 'layers.0.1', 'patch_
 def model(make_vheat, request):
     model = make_vheat(post_norm=request.param == 'post_norm')
     torch.manual_seed(0)
-    for parameter in model.parameters():  # as initialised, the operator says little
+    for parameter in model.parameters():  # with initial weights the operator has little effect
         nn.init.normal_(parameter, std=0.3)
     return model
 
@@ -41,7 +41,7 @@ def image():
 
 
 class Adapter(nn.Module):
-    """A layer with a low-rank addition, as of LoRA, or here any smooth change of what it returns."""
+    """A layer with a low-rank addition, like LoRA; here any smooth change of its output."""
 
     def __init__(self, layer):
         super().__init__()
@@ -123,7 +123,7 @@ def difference(found, expected):
 @pytest.mark.parametrize('change', CHANGES)
 def test_change_takes_effect_as_in_the_reference(model, image, change, train):
     places, apply = CHANGES[change]
-    model(image)  # whatever is kept must not survive the change
+    model(image)  # nothing that this call keeps may be used after the change
     before = run(model, image, train, 'fast')
     for name in places:
         changed = copy.deepcopy(model)
@@ -146,7 +146,7 @@ def test_every_module_fires_its_hooks(make_vheat, image, train):
         module.register_forward_hook(lambda *_, name=name: fired.add(name))
     with torch.set_grad_enabled(train):
         model(image)
-    containers = {'freq_embed', 'layers'}  # lists, which nobody calls
+    containers = {'freq_embed', 'layers'}  # lists, which are not called
     assert {name for name, _ in model.named_modules()} - fired == containers
 
 

@@ -200,7 +200,7 @@ def test_memory_does_not_grow_with_views():
     most = 0
     extract = model.extract_feat
 
-    def watched(inputs):
+    def recording(inputs):
         nonlocal most
         gc.collect()
         most = max(most, sum(f() is not None for f in features))
@@ -208,7 +208,7 @@ def test_memory_does_not_grow_with_views():
         features.append(weakref.ref(out[0]))
         return out
 
-    model.extract_feat = watched
+    model.extract_feat = recording
     InstanceSegTTAModel(model).test_step(stack(*(view(images()) for _ in range(5))))
     assert len(features) == 10
     assert most <= 1

@@ -154,7 +154,7 @@ MODES = [
 @pytest.mark.parametrize(('dtype', 'autocast'), MODES)
 @pytest.mark.parametrize('backend', ['reference', 'fast'])
 def test_operator_and_block(backend, dtype, autocast, kind):
-    """The parts around the spectral step too: conv, linear maps, norms, gate, MLP; outputs and all gradients."""
+    """The parts around the spectral op too: conv, linear maps, norms, gate, MLP; outputs and all gradients."""
     torch.manual_seed(0)
     side = 64
     x = (make_map(kind, 300.0, side)[..., :1] * torch.randn(8) + 0.1 * torch.randn(1, side, side, 8)).float()

@@ -237,13 +237,16 @@ def write_page(page: str, results: list[str]) -> None:
         f'<!-- Written by `tools/analysis_tools/benchmark.py --page` from {names}; edit that, not this. -->',
         '# Speed and memory',
         'Every figure is the median over rounds in which the models take turns within one process: compare within a '
-        'table, not between tables. `vheat-reference` has the same weights under `VHEAT_KERNELS=reference`. '
-        '"over swin" is the time divided by that of mmdet\'s Swin (window 7) in the same rounds; peak memory is the '
-        "device's on CUDA and the growth of the process on the CPU; saved memory is what autograd keeps for backward. "
-        '"GFLOP/img": products and convolutions per image, two FLOPs per multiply-add; fewer with the CPU kernels, '
-        'which split the DCT of large maps into even and odd parts. "of roofline": the time for this work at the rate '
-        'of a large matrix product (or for the memory traffic at the rate of a copy, if longer), the best measured in '
-        'the same run, divided by the time taken.',
+        'table, not between tables. Each table has its commit below it.',
+        '- `vheat-reference`: the same weights with the backend `reference` (`VHEAT_KERNELS=reference`).\n'
+        "- over swin: the time divided by that of mmdet's Swin (window 7) in the same rounds.\n"
+        "- peak MB: on CUDA the device's peak memory, on the CPU the growth of the process. saved MB: what autograd "
+        'keeps for backward.\n'
+        '- GFLOP/img: products and convolutions per image, two FLOPs per multiply-add. The CPU kernels need fewer, as '
+        'they split the DCT of large maps into even and odd parts.\n'
+        '- of roofline: the least time that this work can take, divided by the time taken. The least time is that of '
+        'the FLOPs at the rate of a large matrix product, or of the memory traffic at the rate of a copy, if longer; '
+        'both rates are the best measured in the same run.',
     ]
     for kind, title in (('cpu', 'On a CPU'), ('cuda', 'On a GPU')):
         parts.append(f'## {title}')

@@ -76,12 +76,12 @@ def find_newest(work_dir: str | Path, since: float | None = None) -> tuple[str |
     if lost:
         raise CheckpointError(
             f'no intact checkpoint to resume from in {str(work_dir)!r}: {"; ".join(lost)}. '
-            'Restore an intact copy, or move these files away to start anew'
+            'Restore an intact copy, or move these files away to start from scratch'
         )
     if last is not None and not last.exists():
         raise CheckpointError(
             f'{str(Path(work_dir) / LAST)!r} names {named!r}, which is not there: restore it, name another with '
-            f'--resume PATH, or remove {LAST} to start anew'
+            f'--resume PATH, or remove {LAST} to start from scratch'
         )
     return None, [f'left out: {reason}' for reason in corrupt.values()]
 
