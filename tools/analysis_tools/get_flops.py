@@ -150,7 +150,7 @@ def build(cfg: Config, deploy: tuple[int, int] | None = None) -> nn.Module:
 
 
 def _forward_of(model: nn.Module, arguments: dict[str, Any]) -> Callable[[torch.Tensor], Any]:
-    """What of a model runs when it is counted: its forward pass to the heads' outputs."""
+    """The part of a model that is counted: its forward pass up to the heads' outputs."""
     head = getattr(model, 'decode_head', None)
     if 'batch_data_samples' in inspect.signature(getattr(head, 'forward', lambda: 0)).parameters:
         # mmseg's own forward knows no heads like Mask2Former's, which ask for samples

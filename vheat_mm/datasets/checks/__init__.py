@@ -1,1 +1,1 @@
-"""What would end or spoil a training, found before it starts: every image and annotation of a config's data sets."""
+"""Checks, before training, of every image and annotation of a config's data sets."""

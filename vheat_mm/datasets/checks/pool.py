@@ -29,7 +29,7 @@ QUEUED = 4
 
 
 class WorkerCrash(NamedTuple):
-    """In place of the result of a job whose worker crashed, was killed (as without memory), or ran into the timeout."""
+    """Result of a job whose worker crashed, was killed (for example for lack of memory), or ran into the timeout."""
 
 
 def run_jobs(

@@ -197,7 +197,7 @@ class _Batch:
 
 @dataclass
 class _RankReport:
-    """What one process knows of a skipped step."""
+    """One process's information on a skipped step."""
 
     loss: bool  # whether its own loss was not finite
     gradient: bool  # whether one of its own gradients was not finite

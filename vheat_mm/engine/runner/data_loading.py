@@ -71,7 +71,7 @@ def _is_storage_error(error: BaseException) -> bool:
 
 
 def path_of(dataset: Any, index: int) -> str:
-    """Path of a sample's image, if the data set tells it."""
+    """Path of a sample's image, if the data set has it."""
     try:
         info = dataset.get_data_info(index)
         return str(info.get('img_path') or info.get('filename'))

@@ -1,4 +1,4 @@
-"""What a run was made with: code, packages, command."""
+"""Record of a run: versions of code and packages, and the command."""
 
 from __future__ import annotations
 
