@@ -26,7 +26,7 @@ for _cls in (nn.Conv2d, nn.Identity, nn.LayerNorm, nn.Linear, nn.ReLU, nn.Sequen
 
 
 def may_fuse(x: Tensor, module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether nobody could notice, but by the clock, that kernels stand for the submodules of a module.
+    """Whether kernels may stand for the submodules of a module, with no difference but in running time.
 
     That is: a backend with kernels is chosen, nothing traces operations on ``x``, there are no global module hooks, and
     the module and the submodules declared for ``cls`` are exactly of their classes, neither subclasses nor

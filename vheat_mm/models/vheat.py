@@ -442,7 +442,7 @@ class VHeat(BaseModule):
             raise ValueError(f'VHeat takes a batch of images as a tensor (B, C, H, W), got {given}')
         x = x.permute(0, 2, 3, 1)
         if not torch.compiler.is_compiling():
-            x = x.contiguous()  # from here on every step between (B, C, H, W) and (B, H, W, C) is a view
+            x = x.contiguous()  # from here on every permutation between (B, C, H, W) and (B, H, W, C) is a view
         x = self.patch_embed(x)
         outputs = []
         for i, stage in enumerate(self.layers):

@@ -1,4 +1,4 @@
-"""What kernels ask and tell autograd: whether it records, in which type, and that it stops at first derivatives."""
+"""Autograd and autocast for kernels: whether gradients are recorded, types of products, first derivatives only."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 'the kernels of vheat_mm have no second derivative (create_graph=True): '
-                'set the environment variable VHEAT_KERNELS=reference'
+                'set the environment variable VHEAT_KERNELS=reference, or run it in ops.use_backend("reference")'
             )
         if any(grad is not None and _is_batched(grad) for grad in grads):
             raise RuntimeError(

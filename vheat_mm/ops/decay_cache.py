@@ -43,13 +43,13 @@ class DecayCache:
         self._lock = threading.RLock()
 
     def get(self, key: Hashable, sources: Sequence[Tensor], build: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Return the entry for ``key``, building it anew if it is absent or a source has changed."""
+        """Return the entry for ``key``, computing it if it is absent or a source has changed."""
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None and _are_equal(entry.sources, sources):
                 self._entries.move_to_end(key)
                 return entry.tensors
-            # Entries outlive the mode they are built in: tensors of inference mode could not be used under autograd.
+            # Entries are used in other modes as well: tensors made in inference mode could not be used under autograd.
             with torch.inference_mode(False), torch.no_grad():
                 copies = [source.detach().clone() for source in sources]
                 tensors = build()

@@ -92,13 +92,16 @@ class Op:
         compiling = torch.compiler.is_compiling()
         for backend in _ORDER[_backend]:
             for kernel in self.kernels:
-                if kernel.backend == backend and (kernel.compiled if compiling else kernel.eager):
+                if kernel.backend != backend:
+                    continue
+                answer: bool | str = 'it is for compiled graphs'
+                if kernel.compiled if compiling else kernel.eager:
                     answer = kernel.supports(*args)
-                    if answer is True:
-                        return self._note(backend, kernel)
-                    if _record is not None:
-                        _record.append((self.name, f'{backend} declined: {answer}'))
-        return self._note('reference', None)
+                if answer is True:
+                    return self._note(backend, kernel)
+                if _record is not None:
+                    _record.append((self.name, f'{backend} declined: {answer}'))
+        return self._note('reference' if self.kernels else 'reference, there are no kernels', None)
 
     def _note(self, backend: str, kernel: Kernel | None) -> Kernel | None:
         if _record is not None:

@@ -22,7 +22,7 @@ from vheat_mm.ops.eager.norm_gate import write_norm_gate
 from vheat_mm.ops.library import conduction_flops, custom_op
 
 # Modes of a large image are made for some channels at a time, of this many bytes: the two halves of them then each stay
-# below glibc's mmap threshold, above which memory is returned to the system and taken anew, page by page.
+# below the mmap threshold of glibc, above which memory is returned to the system and requested again page by page.
 PART_BYTES = 24 << 20
 
 # From this sum of sides on, half the products save more time than folding costs: the products of a position grow with

@@ -80,7 +80,7 @@ def _supports_convolve(
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints, groups: int
 ) -> Tensor:
-    """See :func:`vheat_mm.ops.reference.convolve`; compilers lay the maps of convolutions out anew, which is slower."""
+    """See :func:`vheat_mm.ops.reference.convolve`; compilers would change the layout of maps."""
     return _convolve(x.to(compute_dtype(x)), weight, bias, list(stride), list(padding), list(dilation), groups)
 
 

@@ -74,7 +74,7 @@ def decay_kernel(
     mask = (m < rows)[:, None] & (n < channels)[None, :]
     if grad is not None:
         dy = tl.load(grad + offsets, mask=mask, other=0.0)
-        # Where w k is too small to move exp from 1, the gradient is there all the same: ask k, not the decay.
+        # Where w k is too small to move exp from 1, the gradient is not zero: the sign of k decides, not the decay.
         result = tl.where(acc > 0.0, -frequency * result * dy, 0.0)
     tl.store(out + offsets, result, mask=mask)
 
