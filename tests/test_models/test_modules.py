@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vheat_mm import ops
 from vheat_mm.apis import explain_backends
 from vheat_mm.models.vheat import Mlp
+from vheat_mm.ops.eager import onednn
 
 # One of each kind, in the first and the last stage.
 PLACES = [
@@ -146,8 +147,7 @@ def test_every_module_fires_its_hooks(make_vheat, image, train):
         module.register_forward_hook(lambda *_, name=name: fired.add(name))
     with torch.set_grad_enabled(train):
         model(image)
-    containers = {'freq_embed', 'layers'}  # lists, which are not called
-    assert {name for name, _ in model.named_modules()} - fired == containers
+    assert {name for name, _ in model.named_modules()} - fired == {'layers'}  # a list, which nobody calls
 
 
 def test_global_hooks_and_full_backward_hooks_see_every_module(make_vheat, image):
@@ -160,9 +160,9 @@ def test_global_hooks_and_full_backward_hooks_see_every_module(make_vheat, image
     for module in model.modules():
         module.register_full_backward_hook(lambda module, *_: backward.add(module))
     sum(out.sum() for out in model(image)).backward()
-    called = set(model.modules()) - {model.freq_embed, model.layers}
+    called = set(model.modules()) - {model.layers}
     assert called <= forward
-    assert {m for m in called if list(m.parameters())} <= backward
+    assert {m for m in called if list(m.parameters())} - {model.freq_embed} <= backward  # it takes no tensor
 
 
 def test_class_with_another_forward_method(make_vheat, image, monkeypatch):
@@ -262,7 +262,7 @@ def test_weights_that_come_for_each_call(make_vheat, image):
     """As accelerate offloads: weights are on the meta device but while their module runs."""
     model = make_vheat().eval()
     expected = model(image)
-    for module in [m for m in model.modules() if list(m.parameters(recurse=False)) and m is not model.freq_embed]:
+    for module in [m for m in model.modules() if list(m.parameters(recurse=False))]:
         kept = {name: p.data for name, p in module.named_parameters(recurse=False)}
 
         def load(module, *_, kept=kept):
@@ -308,3 +308,125 @@ def test_modules_say_what_computes_them(make_vheat, image):
     assert 'layers.1.0 (Block) is computed by kernels' in text
     with ops.use_backend('reference'):
         assert 'layers.1.0 (Block) calls its submodules: the backend is reference' in explain_backends(model, image)
+
+
+@torch.no_grad()
+def test_global_hooks_reach_compiled_models(make_vheat, image):
+    model = make_vheat().eval()
+    handle = nn.modules.module.register_module_forward_hook(lambda m, _, out: 2 * out if type(m) is nn.Linear else out)
+    try:
+        for a, b in zip(torch.compile(model, backend='aot_eager')(image), model(image), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def test_hook_that_writes_to_a_decay_leaves_no_trace(model, image):
+    model.eval()
+    before = [out.clone() for out in model(image)]
+
+    def low_pass(module, args):
+        args[1][2:] = 0
+
+    handle = model.layers[0][0].register_forward_pre_hook(low_pass)
+    assert difference(model(image), before) > 1e-6
+    handle.remove()
+    assert all(torch.equal(a, b) for a, b in zip(model(image), before, strict=True))
+
+
+@torch.no_grad()
+def test_patched_convolutions_and_appended_layers(model, image):
+    model.eval()
+    patched = copy.deepcopy(model)
+    conv = patched.layers[0][0].op.dwconv
+    conv._conv_forward = lambda x, weight, bias: torch.zeros_like(x)  # as the trick for seamless textures does
+    assert difference(patched(image), model(image)) > 1e-5
+    appended = copy.deepcopy(model)
+    appended.layers[0][1].append(nn.Tanh())
+    assert difference(appended(image)[1:], model(image)[1:]) > 1e-3
+
+
+def test_explanation_knows_geometry(make_vheat, image):
+    model = make_vheat().eval()
+    model.patch_embed.conv1 = nn.Conv2d(3, 2, 5, 2, 2)
+    model.layers[0][0].mlp.fc1 = nn.Conv2d(4, 16, 3, padding=1)
+    text = explain_backends(model, image)
+    for name in ('patch_embed (Stem)', 'layers.0.0 (Block)', 'layers.0.0.mlp (Mlp)'):
+        assert f'{name} calls its submodules: the geometry of a submodule has changed' in text
+        assert f'{name} is computed by kernels' not in text
+
+
+@torch.no_grad()
+def test_residual_stream_keeps_its_type_at_every_size(make_vheat, monkeypatch):
+    """Under autocast with layer scale the stream is float32, in one group of rows or in several."""
+    model, image = make_vheat(post_norm=True).eval(), torch.randn(1, 3, 64, 64)
+    found = []
+    for size in (1 << 20, 64 * 4 * 4):
+        monkeypatch.setattr(onednn, 'GROUP_BYTES', size)
+        with torch.autocast('cpu', torch.bfloat16):
+            found.append(model(image))
+    for a, b in zip(*found, strict=True):
+        assert a.dtype is b.dtype
+        assert difference([a.float()], [b.float()]) < 0.02
+
+
+@torch.no_grad()
+def test_autocast_leaves_float64_alone(model, image):
+    model, image = model.double().eval(), image.double()
+    expected = model(image)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert difference(model(image), expected) < 1e-12
+
+
+@pytest.mark.parametrize('size', [(600, 4), (4, 600), (700, 20)], ids=str)
+@pytest.mark.parametrize('train', [False, True])
+def test_maps_of_one_column(make_vheat, size, train):
+    model, image = make_vheat(), torch.randn(1, 3, *size)
+    assert difference(run(model, image, train, 'fast'), run(model, image, train, 'reference')) < 1e-2
+
+
+@torch.no_grad()
+def test_one_graph_serves_all_models_and_empty_batches(make_vheat, image):
+    graphs = []
+    torch.compiler.reset()
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    for _ in range(3):
+        model = make_vheat().eval()
+        for a, b in zip(torch.compile(model, backend=backend)(image), model(image), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert len(graphs) == 1
+    outputs = torch.compile(make_vheat().eval(), backend='aot_eager')(image[:0])
+    assert [len(out) for out in outputs] == [0] * 4
+
+
+@torch.no_grad()
+def test_parameters_at_odd_offsets(make_vheat, image):
+    model = nn.ModuleDict(dict(head=nn.Linear(2, 5), backbone=make_vheat())).eval()
+    parameters = list(model.parameters())
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(parameters), parameters)
+    for a, b in zip(model['backbone'](image), model['backbone'](image), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('grad', [False, True])
+def test_ops_take_what_the_reference_takes(grad):
+    x, weight, bias = torch.randn(1, 4, 5, 8, requires_grad=grad), torch.randn(16, 8, 1, 1), torch.randn(8)
+    wide, decay = torch.randn(8, 16), torch.rand(4, 5, 8)
+    calls = [
+        lambda: ops.split_linear(x, weight, None)[1],
+        lambda: ops.split_linear(x, weight, torch.zeros(16))[0],
+        lambda: ops.mlp(x, weight, None, wide, None),
+        lambda: ops.norm_gate(x, torch.ones(1, 1, 1, 8), bias, bias, 1e-5),
+        lambda: ops.heat_norm_gate_(x + 0, torch.ones(1, 1, 1, 8), decay, bias, bias, 1e-5),
+        lambda: ops.heat_conduction(x=x, decay=decay),
+    ]
+    for call in calls:
+        with torch.set_grad_enabled(grad):
+            found = call()
+            with ops.use_backend('reference'):
+                torch.testing.assert_close(found, call(), rtol=1e-4, atol=1e-5)

@@ -412,32 +412,6 @@ def test_compiled_graph_takes_weights_of_inference_mode(make_vheat):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_deployed_model_keeps_packed_weights_until_they_change(make_vheat, dtype):
-    if onednn.supports(torch.ones(1, 1, 1, 8, dtype=dtype)) is not True:
-        pytest.skip('no kernel here')
-    model, image = make_vheat().eval(), torch.randn(1, 3, 64, 64)
-    model.switch_to_deploy(64)
-    packed = []
-
-    def outputs(backend):
-        with ops.use_backend(backend), torch.autocast('cpu', torch.bfloat16, enabled=dtype is torch.bfloat16):
-            return model(image)
-
-    for change in (lambda p: None, lambda p: p.data.mul_(0.9), lambda p: p.add_(0.01), lambda p: p.set_(p + 0.01)):
-        for parameter in model.parameters():
-            change(parameter)
-        for a, b in zip(outputs('fast'), outputs('reference'), strict=True):
-            assert error(a, b.double()) < 2 * ERRORS[dtype]
-        weights = [b.mlp.fc1.weight for stage in model.layers for b in stage.blocks]
-        packed.append([onednn._packed[w][1][dtype, 1][0] for w in weights])
-        outputs('fast')
-        assert all(a is onednn._packed[w][1][dtype, 1][0] for a, w in zip(packed[-1], weights, strict=True))
-    assert len({id(p) for some in packed for p in some}) == 4 * len(packed[0])
-    assert copy.deepcopy(model).state_dict().keys() == model.state_dict().keys()
-
-
-@torch.no_grad()
 def test_custom_ops_count_as_the_reference():
     """Counters that meet a custom op in a graph; eager mode shows them the reference."""
     register_flop_formulas()

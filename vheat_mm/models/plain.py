@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -13,6 +12,7 @@ from vheat_mm.ops.registry import TENSORS, get_backend, is_traced, note
 
 # For each declared class: its forward method then (one that was exchanged since must be called), and the submodules
 # that kernels may stand for, by name.
+_CALL, _CONV_FORWARD = nn.Module.__call__, nn.Conv2d._conv_forward  # as people patch them
 _DECLARED: dict[type, tuple[Callable[..., Any], tuple[tuple[str, type], ...]]] = {}
 
 
@@ -25,7 +25,7 @@ for _cls in (nn.Conv2d, nn.Identity, nn.LayerNorm, nn.Linear, nn.ReLU, nn.Sequen
     declare(_cls)
 
 
-def may_fuse(x: Tensor, module: nn.Module, cls: type[nn.Module]) -> bool:
+def may_fuse(x: Tensor, module: nn.Module, cls: type[nn.Module], is_as_built: Callable[[], bool] | None = None) -> bool:
     """Whether kernels may stand for the submodules of a module, with no difference but in running time.
 
     That is: a backend with kernels is chosen, nothing traces operations on ``x``, there are no global module hooks, and
@@ -37,15 +37,20 @@ def may_fuse(x: Tensor, module: nn.Module, cls: type[nn.Module]) -> bool:
         x: Input of the module.
         module: The module that asks.
         cls: Class that it is asked as.
+        is_as_built: Asked last, of submodules that are plain: whether their geometry is what the kernels know.
     """
     if get_backend() == 'reference':
         reason = 'the backend is reference'
     elif is_traced(x):
         reason = 'something traces or transforms operations'
-    elif not torch.compiler.is_compiling() and torch_module._has_any_global_hook():
+    elif torch_module._has_any_global_hook():
         reason = 'there are global module hooks'
+    elif nn.Module.__call__ is not _CALL:
+        reason = 'torch.nn.Module has another __call__ method'
     else:
         reason = why_not_plain(module, cls)
+        if not reason and is_as_built is not None and not is_as_built():
+            reason = 'the geometry of a submodule has changed'
     note(module, f'calls its submodules: {reason}' if reason else 'is computed by kernels')
     return not reason
 
@@ -63,6 +68,10 @@ def why_not_plain(module: nn.Module, cls: type[nn.Module], name: str = 'it') -> 
         bias = module.bias
         if type(module.weight) not in TENSORS or not (type(bias) in TENSORS or (bias is None and cls is nn.Conv2d)):
             return f'{name} has a weight of type {type(module.weight).__name__} and a bias of {type(bias).__name__}'
+        if cls is nn.LayerNorm and module.weight.ndim != 1:
+            return f'{name} normalises over {module.weight.ndim} dimensions'
+        if cls is nn.Conv2d and ('_conv_forward' in module.__dict__ or nn.Conv2d._conv_forward is not _CONV_FORWARD):
+            return f'{name} has another _conv_forward method'
         if cls is nn.Conv2d and (module.padding_mode != 'zeros' or isinstance(module.padding, str)):
             return f'{name} pads with {module.padding_mode!r}, {module.padding!r}'
     for child, child_cls in submodules:
@@ -71,6 +80,11 @@ def why_not_plain(module: nn.Module, cls: type[nn.Module], name: str = 'it') -> 
         if reason:
             return reason
     return ''
+
+
+def has_plain_layers(layers: nn.Sequential, classes: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a sequential holds plain modules of these classes and nothing else."""
+    return len(layers) == len(classes) and not any(map(why_not_plain, layers, classes))
 
 
 def is_conv(conv: nn.Conv2d, kernel_size: int, stride: int) -> bool:

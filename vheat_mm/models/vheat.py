@@ -27,14 +27,13 @@ from torch.utils.checkpoint import checkpoint
 from vheat_mm import ops
 from vheat_mm.models.arch import read_arch, read_out_indices
 from vheat_mm.models.feature_info import FeatureInfo
-from vheat_mm.models.plain import declare, is_conv, may_fuse, why_not_plain
+from vheat_mm.models.plain import declare, has_plain_layers, is_conv, may_fuse
 from vheat_mm.models.weights import load_pretrained, resize_loaded_freq_embeds
 from vheat_mm.ops.autograd import compute_dtype, needs_gradient, without_autocast
 from vheat_mm.ops.decay_cache import DecayCache
 from vheat_mm.ops.eager import onednn
 from vheat_mm.ops.freq_embed import NUM_STAGES, grid_sizes, resize_freq_embed, to_pair
 from vheat_mm.ops.reference import channels_first, decay_of
-from vheat_mm.ops.registry import TENSORS
 
 
 class HeatConduction2d(nn.Module):
@@ -57,15 +56,7 @@ class HeatConduction2d(nn.Module):
         self.out_linear = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, decay: Tensor) -> Tensor:
-        """Apply the operator.
-
-        Args:
-            x: Map (B, H, W, C).
-            decay: What :meth:`decay` returns for this operator and size (H, W, C).
-
-        Returns:
-            Map (B, H, W, C).
-        """
+        """Map (B, H, W, C) and what :meth:`decay` returns for its size (H, W, C) -> map (B, H, W, C)."""
         if may_fuse(x, self, HeatConduction2d):
             return ops.linear(self.mix(x, decay), self.out_linear.weight, self.out_linear.bias)
         x = self.dwconv(channels_first(x)).permute(0, 2, 3, 1)
@@ -94,11 +85,9 @@ class HeatConduction2d(nn.Module):
 
     def has_plain_decay(self, freq_embed: Tensor) -> bool:
         """Whether kernels may stand for :attr:`to_k`, which then is as it was built."""
-        return (
-            type(self) is HeatConduction2d
-            and may_fuse(freq_embed, self.to_k, nn.Sequential)
-            and len(self.to_k) == 2
-            and why_not_plain(self.to_k[0], nn.Linear) == why_not_plain(self.to_k[1], nn.ReLU) == ''
+        classes = (nn.Linear, nn.ReLU)
+        return type(self) is HeatConduction2d and may_fuse(
+            freq_embed, self.to_k, nn.Sequential, lambda: has_plain_layers(self.to_k, classes)
         )
 
     def switch_to_deploy(self, freq_embed: Tensor) -> None:
@@ -122,7 +111,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if may_fuse(x, self, Mlp) and self.is_pointwise():
+        if may_fuse(x, self, Mlp, self.is_pointwise):
             return self.fused(x)
         return self.fc2(F.gelu(self.fc1(channels_first(x)))).permute(0, 2, 3, 1)
 
@@ -200,7 +189,7 @@ class Block(nn.Module):
 
     def fuses(self, x: Tensor) -> bool:
         """Whether kernels may stand for all submodules; otherwise those that can are fused on their own."""
-        return may_fuse(x, self, Block) and self.mlp.is_pointwise()
+        return may_fuse(x, self, Block, lambda: self.mlp.is_pointwise())
 
     def _fused(self, x: Tensor, decay: Tensor) -> Tensor:
         """:meth:`forward` by kernels."""
@@ -259,6 +248,8 @@ class Stage(nn.ModuleList):
         def run_blocks(x: Tensor) -> Tensor:
             for index, block in enumerate(self.blocks):
                 decay = None if decays is None else decays[index]
+                if decay is not None and freq_embed is not None and not block.fuses(x):
+                    decay = decay.clone()  # hooks may write to it, and the cache keeps it
                 if self.with_cp and torch.is_grad_enabled():
                     x = checkpoint(self._run, block, x, embed, decay, use_reentrant=False)
                 else:
@@ -292,10 +283,6 @@ class Stage(nn.ModuleList):
         return not needs_gradient(freq_embed, *(p for block in self.blocks for p in block.op.to_k.parameters()))
 
     def _deployed_decays(self, size: tuple[int, int]) -> list[Tensor]:
-        if not torch.compiler.is_compiling() and all(type(block) is Block for block in self.blocks):
-            for block in self.blocks:  # a deployed model is one of constants
-                layers = (block.op.linear, block.op.out_linear, block.mlp.fc1, block.mlp.fc2)
-                onednn.keep_packed(layer.weight for layer in layers if type(getattr(layer, 'weight', None)) in TENSORS)
         decays: list[Tensor] = [block.op.k_exp for block in self.blocks]
         fixed = tuple(decays[0].shape[:2])
         if fixed != size:
@@ -318,7 +305,7 @@ class Stem(nn.Module):
         self.norm2 = nn.Sequential(nn.Identity(), nn.LayerNorm(dim, eps=1e-6))
 
     def forward(self, x: Tensor) -> Tensor:
-        if may_fuse(x, self, Stem) and self._is_as_built():
+        if may_fuse(x, self, Stem, self._is_as_built):
             arguments: list = []
             for conv, norm in ((self.conv1, self.norm1[1]), (self.conv2, self.norm2[1])):
                 arguments += [(conv.weight, conv.bias), (norm.weight, norm.bias), norm.eps]
@@ -327,10 +314,9 @@ class Stem(nn.Module):
         return self.norm2(self.conv2(channels_first(x)).permute(0, 2, 3, 1))
 
     def _is_as_built(self) -> bool:
-        norms = [self.norm1, self.norm2]
-        return all(is_conv(conv, 3, 2) for conv in (self.conv1, self.conv2)) and all(
-            len(n) == 2 and why_not_plain(n[0], nn.Identity) == why_not_plain(n[1], nn.LayerNorm) == '' for n in norms
-        )
+        classes = (nn.Identity, nn.LayerNorm)
+        convs, norms = (self.conv1, self.conv2), (self.norm1, self.norm2)
+        return all(is_conv(conv, 3, 2) for conv in convs) and all(has_plain_layers(norm, classes) for norm in norms)
 
 
 class Downsample(nn.Sequential):
@@ -340,9 +326,12 @@ class Downsample(nn.Sequential):
         super().__init__(nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False), nn.LayerNorm(2 * dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if may_fuse(x, self, Downsample):
-            return self[1](_convolve(self[0], x))
-        return self[1](self[0](channels_first(x)).permute(0, 2, 3, 1))
+        conv, *others = self
+        fuses = may_fuse(x, self, Downsample)
+        x = _convolve(conv, x) if fuses else conv(channels_first(x)).permute(0, 2, 3, 1)
+        for layer in others:
+            x = layer(x)
+        return x
 
 
 declare(HeatConduction2d, dwconv=nn.Conv2d, linear=nn.Linear, out_norm=nn.LayerNorm, out_linear=nn.Linear)
@@ -351,6 +340,16 @@ declare(DropPath)
 declare(Block, norm1=nn.LayerNorm, op=HeatConduction2d, norm2=nn.LayerNorm, mlp=Mlp, drop_path=DropPath)
 declare(Stem, conv1=nn.Conv2d, norm1=nn.Sequential, conv2=nn.Conv2d, norm2=nn.Sequential)
 declare(Downsample, **{'0': nn.Conv2d})
+
+
+class FreqEmbeds(nn.ParameterList):
+    """Frequency value embeddings (FVEs) of all stages; called, so that tools that load weights for a call find them."""
+
+    __call__ = nn.Module.__call__  # a ParameterList refuses to be called
+
+    def forward(self, stage: int) -> Tensor:
+        """FVEs (H, W, C) of a stage on their own grid."""
+        return self[stage]
 
 
 @MODELS.register_module()
@@ -407,7 +406,7 @@ class VHeat(BaseModule):
         num_stages = self.out_indices[-1] + 1
 
         self.patch_embed = Stem(in_channels, self.arch['embed_dims'])
-        self.freq_embed: nn.ParameterList | None = nn.ParameterList(
+        self.freq_embed: FreqEmbeds | None = FreqEmbeds(
             nn.Parameter(torch.zeros(*size, dim))
             for size, dim in zip(grid_sizes(self.img_size), self.num_features[:num_stages], strict=False)
         )
@@ -446,7 +445,7 @@ class VHeat(BaseModule):
         x = self.patch_embed(x)
         outputs = []
         for i, stage in enumerate(self.layers):
-            embed = None if self.freq_embed is None else self.freq_embed[i]
+            embed = None if self.freq_embed is None else self.freq_embed(i)
             features, x = stage(x, embed, self.decay_cache)
             if i in self.out_indices:
                 normed = self.get_submodule(f'outnorm{i}')(features)

@@ -21,6 +21,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if not hasattr(torch, 'get_autocast_dtype'):  # PyTorch before 2.4, where no kernel runs
         return x.dtype
     device = x.device.type
+    if x.dtype is torch.float64 or not x.is_floating_point():  # which autocast leaves alone
+        return x.dtype
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x.dtype
     return torch.get_autocast_dtype(device)

@@ -19,15 +19,20 @@ def apply_to_rows(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     """``function(*maps)`` for a function that treats every position of its maps alike: (..., C) -> (..., C).
 
     On the CPU without gradients it is called on some positions at a time, (M, C), and the result takes the memory of
-    the last map.
+    the last map where the types agree.
     """
     if not _splits(maps[0]) or not all(m.is_contiguous() and m.shape == maps[0].shape for m in maps):
         return function(*maps)
     if maps[0].numel() // max(1, maps[0].shape[-1]) <= onednn.group_rows(maps[0]):
         return function(*maps)
-    for group in onednn.split_rows(*maps):
-        group[-1].copy_(function(*group))  # the rows of a contiguous map are its own memory
-    return maps[-1]
+    result = None
+    for index, group in enumerate(onednn.split_rows(*maps)):
+        part = function(*group)
+        if result is None:  # under autocast with a float32 residual stream, the types differ
+            result = maps[-1] if part.dtype is maps[-1].dtype else torch.empty_like(maps[-1], dtype=part.dtype)
+            rows = result.view(-1, result.shape[-1]).split(len(group[0]))
+        rows[index].copy_(part)
+    return cast(Tensor, result)
 
 
 def apply_to_images(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def decay_maps(
     biases: list[Tensor],
     size: tuple[int, int],
     dtype: torch.dtype,
-    cache: int,
+    cache: Tensor,
 ) -> list[Tensor]:
     """:func:`decay_map` of each layer of a stage for FVEs fitted to a map of ``size``, in ``dtype``.
 

@@ -16,6 +16,7 @@ Exported and traced graphs, counters of operations, function transforms and disp
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -81,7 +82,9 @@ class Op:
 
         return decorate
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            args = inspect.signature(self.reference).bind(*args, **kwargs).args
         kernel = self.select(*args)
         return self.reference(*args) if kernel is None else kernel.function(*args)
 

@@ -17,7 +17,7 @@ Size = tuple[int, int]
 
 
 def _supports_kept(
-    freq_embed: Tensor, weights: list[Tensor], biases: list[Tensor], size: Size, dtype: torch.dtype, cache: int
+    freq_embed: Tensor, weights: list[Tensor], biases: list[Tensor], size: Size, dtype: torch.dtype, cache: Tensor
 ) -> bool | str:
     if freq_embed.device.type != 'cpu':
         return 'comparing the contents of weights would wait for the GPU'
@@ -28,7 +28,7 @@ def _supports_kept(
 
 @reference.decay_maps.register('fast', _supports_kept, compiled=True)
 def decay_maps(
-    freq_embed: Tensor, weights: list[Tensor], biases: list[Tensor], size: Size, dtype: torch.dtype, cache: int
+    freq_embed: Tensor, weights: list[Tensor], biases: list[Tensor], size: Size, dtype: torch.dtype, cache: Tensor
 ) -> list[Tensor]:
     """See :func:`vheat_mm.ops.reference.decay_maps`; kept while the contents of all weights are the same."""
     if torch.compiler.is_compiling():
@@ -49,7 +49,7 @@ def _decay_maps(
     height: int,
     width: int,
     dtype: torch.dtype,
-    cache: int,
+    cache: Tensor,
 ) -> list[Tensor]:
     kept = decay_maps(freq_embed, weights, biases, (height, width), dtype, cache)
     return [decay.clone() for decay in kept]  # the graph may write into what it is given
@@ -63,7 +63,7 @@ def _(
     height: int,
     width: int,
     dtype: torch.dtype,
-    cache: int,
+    cache: Tensor,
 ) -> list[Tensor]:
     return [freq_embed.new_empty(height, width, freq_embed.shape[2], dtype=dtype) for _ in weights]
 

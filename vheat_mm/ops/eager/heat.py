@@ -36,7 +36,7 @@ FilterFn = Callable[[Tensor, Place], None]
 
 def uses_even_odd_split(height: int, width: int, dtype: torch.dtype) -> bool:
     """Whether maps of this size and type are transformed by the even/odd split of the DCT."""
-    return height + width >= SPLIT_FROM[dtype]
+    return height + width >= SPLIT_FROM[dtype] and min(height, width) > 1
 
 
 def _supports(x: Tensor, decay: Tensor) -> bool | str:
@@ -80,8 +80,8 @@ def heat_conduction_with_grad(x: Tensor, decay: Tensor) -> Tensor:
 def _supports_norm_gate(x: Tensor, gate: Tensor, decay: Tensor, weight: Tensor, bias: Tensor, eps: float) -> bool | str:
     if needs_gradient(x, gate, decay, weight, bias):
         return 'a gradient is recorded'
-    if gate.dtype is not x.dtype or compute_dtype(x) is not x.dtype or not x.is_contiguous():
-        return 'signal, gate and products differ in type, or the signal is not contiguous'
+    if (gate.dtype, gate.shape) != (x.dtype, x.shape) or compute_dtype(x) is not x.dtype or not x.is_contiguous():
+        return 'signal, gate and products differ in type or shape, or the signal is not contiguous'
     return _supports(x, decay)
 
 

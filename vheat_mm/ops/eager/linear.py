@@ -20,6 +20,11 @@ def supports_inference(x: Tensor, *parameters: Tensor | None) -> bool | str:
     return onednn.supports(x)
 
 
+def supports_with_bias(x: Tensor, *parameters: Tensor | None) -> bool | str:
+    """:func:`supports_inference`, for kernels that need all of their parameters."""
+    return 'no bias' if any(p is None for p in parameters) else supports_inference(x, *parameters)
+
+
 def _supports_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool | str:
     return 'no bias' if bias is None and torch.compiler.is_compiling() else supports_inference(x, weight, bias)
 
@@ -33,8 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @custom_op('linear', linear_flops)
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows, bias = x.reshape(-1, x.shape[-1]), None if bias is None else bias.to(x.dtype)
-    out = onednn.product(rows, onednn.packed(weight, x.dtype)[0], bias)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return onednn.product(rows, weight.flatten(1).to(x.dtype), bias).view(*x.shape[:-1], weight.shape[0])
 
 
 @_linear.register_fake
@@ -54,7 +58,7 @@ def linear_with_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return onednn.linear_with_grad(x, weight.flatten(1), bias)
 
 
-@reference.split_linear.register('fast', supports_inference, compiled=True)
+@reference.split_linear.register('fast', supports_with_bias, compiled=True)
 def split_linear(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`vheat_mm.ops.reference.split_linear`."""
     first, second = _split_linear(x.to(compute_dtype(x)), weight, bias)
@@ -64,8 +68,8 @@ def split_linear(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
 @custom_op('split_linear', linear_flops)
 def _split_linear(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
     rows = x.reshape(-1, x.shape[-1])
-    halves = zip(onednn.packed(weight, x.dtype, parts=2), bias.to(x.dtype).chunk(2), strict=True)
-    return [onednn.product(rows, w, b).view(*x.shape[:-1], -1) for w, b in halves]
+    halves = zip(weight.flatten(1).to(x.dtype).chunk(2), bias.to(x.dtype).chunk(2), strict=True)
+    return [onednn.product(rows, w, b).view(*x.shape[:-1], len(w)) for w, b in halves]
 
 
 @_split_linear.register_fake
@@ -73,8 +77,14 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
     return [x.new_empty(*x.shape[:-1], weight.shape[0] // 2) for _ in range(2)]
 
 
-@reference.split_linear.register('fast', lambda x, weight, bias: needs_gradient(x, weight) or 'no gradient is recorded')
+def _supports_split_with_grad(x: Tensor, weight: Tensor, bias: Tensor) -> bool | str:
+    return 'no bias' if bias is None else needs_gradient(x, weight) or 'no gradient is recorded'
+
+
+@reference.split_linear.register('fast', _supports_split_with_grad)
 def split_linear_with_grad(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Two products, so that the half which nothing keeps for backward can be freed; on any device."""
-    first, second = (onednn.linear_with_grad(x, w, b) for w, b in zip(weight.chunk(2), bias.chunk(2), strict=True))
+    first, second = (
+        onednn.linear_with_grad(x, w, b) for w, b in zip(weight.flatten(1).chunk(2), bias.chunk(2), strict=True)
+    )
     return first, second

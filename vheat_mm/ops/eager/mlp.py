@@ -11,14 +11,14 @@ from torch import Tensor
 from vheat_mm.ops import reference
 from vheat_mm.ops.autograd import compute_dtype, needs_gradient, once_differentiable, without_autocast
 from vheat_mm.ops.eager import onednn
-from vheat_mm.ops.eager.linear import supports_inference
+from vheat_mm.ops.eager.linear import supports_with_bias
 from vheat_mm.ops.library import custom_op, mlp_flops
 
 # Repeating the first product of an MLP in backward costs C / 2 operations for each byte not kept: too many from here.
 KEEP_FROM_WIDTH = 384
 
 
-@reference.mlp.register('fast', supports_inference, compiled=True)
+@reference.mlp.register('fast', supports_with_bias, compiled=True)
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
     """See :func:`vheat_mm.ops.reference.mlp`."""
     return _mlp(x.to(compute_dtype(x)), weight1, bias1, weight2, bias2)
@@ -26,7 +26,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
 
 @custom_op('mlp', mlp_flops)
 def _mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-    (w1,), (w2,) = onednn.packed(weight1, x.dtype), onednn.packed(weight2, x.dtype)
+    w1, w2 = weight1.flatten(1).to(x.dtype), weight2.flatten(1).to(x.dtype)
     b1, b2 = bias1.to(x.dtype), bias2.to(x.dtype)
     parts = [onednn.product(onednn.product(rows, w1, b1, post='gelu'), w2, b2) for (rows,) in onednn.split_rows(x)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], weight2.shape[0])
@@ -38,6 +38,8 @@ def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor)
 
 
 def _supports_training(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> bool | str:
+    if bias1 is None or bias2 is None:
+        return 'no bias'
     return needs_gradient(x, weight1, weight2) or 'no gradient is recorded'
 
 

@@ -16,7 +16,7 @@ from vheat_mm.ops.eager import onednn
 def _supports(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> bool | str:
     if not needs_gradient(x, gate, weight):
         return 'no gradient is recorded'
-    return x.dtype is gate.dtype or f'the map is {x.dtype}, the gate {gate.dtype}'
+    return (x.dtype, x.shape) == (gate.dtype, gate.shape) or 'map and gate differ in type or shape'
 
 
 @reference.norm_gate.register('fast', _supports)

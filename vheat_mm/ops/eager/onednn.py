@@ -5,21 +5,18 @@ bfloat16 to oneDNN anyway. PyTorch's compiler calls oneDNN through operators of 
 no gradients. The public way with gradients is a 1x1 convolution.
 
 Weights go in as they are: packed copies would be wrong after any write that leaves no trace on a tensor, and comparing
-all contents takes as long as packing. Only weights of deployed models, which are constants, are kept packed; that saves
-1 to 5 % of a forward pass (vHeat-T, one core of an AMD EPYC).
+all contents takes as long as packing. They would save 2 to 5 % of a forward pass (vHeat-T, one core of an AMD EPYC).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from vheat_mm.ops.autograd import compute_dtype, upcast
 from vheat_mm.ops.registry import is_traced
@@ -28,14 +25,9 @@ from vheat_mm.ops.registry import is_traced
 # the cache, and no allocation is so large that it comes as fresh pages, which cost more than the arithmetic.
 GROUP_BYTES = 3 << 20
 
-_PACK_ROWS = 4096  # the number of rows that weights are packed for; others work too
-
 COPIES_BYTES = 1 << 19  # of a matrix that a batch of products shares
 
 DTYPES = (torch.float32, torch.bfloat16)
-
-# constant weight -> what showed its contents when it was packed, and the packed weights by (type, number of parts)
-_packed: Any = WeakTensorKeyDictionary()
 
 _works: dict[torch.dtype, str] = {}  # why oneDNN's products of a type fail on this CPU; empty where they work
 
@@ -102,7 +94,7 @@ def group_rows(x: Tensor) -> int:
 
 def slices_per_group(x: Tensor) -> int:
     """How many slices of a map along its first dimension make a group of :data:`GROUP_BYTES`, one at least."""
-    return max(1, GROUP_BYTES // (x[0].numel() * x.element_size()))
+    return max(1, GROUP_BYTES // max(1, x.shape[1:].numel() * x.element_size()))
 
 
 def split_rows(*maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -121,40 +113,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, post: str = '
 
     Args:
         x: Rows, contiguous.
-        weight: Plain, or as :func:`packed` returns it.
+        weight: Any layout.
         bias: Optional.
         post: ``'none'`` or ``'gelu'`` (exact).
     """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, post, [], 'none' if post == 'gelu' else '')
-
-
-def keep_packed(weights: Iterable[Tensor]) -> None:
-    """Have :func:`packed` keep what it makes of these weights, which the caller holds for constants.
-
-    Should they change all the same, address, version and a sample of their values show it; a write to a few values
-    through ``.data`` may go unseen.
-    """
-    for weight in weights:
-        if weight not in _packed:
-            _packed[weight] = ((), {})
-
-
-def packed(weight: Tensor, dtype: torch.dtype, parts: int = 1) -> list[Tensor]:
-    """Weight (N, K), or of a 1x1 convolution, for :func:`product` in a type; N is split into ``parts`` groups."""
-    if weight not in _packed:
-        return list(weight.flatten(1).to(dtype).chunk(parts))
-    values = weight.detach().flatten()
-    shown = weight.data_ptr(), weight.dtype, weight._version, *values[:: 1 + len(values) // 64].tolist()
-    kept, results = _packed[weight]
-    if kept != shown:
-        _, results = _packed[weight] = (shown, {})
-    if (dtype, parts) not in results:
-        with torch.inference_mode(False), torch.no_grad():
-            plain = weight.detach().flatten(1).to(dtype).chunk(parts)
-            results[dtype, parts] = [
-                torch.ops.mkldnn._reorder_linear_weight(part.contiguous(), _PACK_ROWS) for part in plain
-            ]
-    return results[dtype, parts]
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -196,7 +159,7 @@ def multiply_each(matrix: Tensor, maps: Tensor, out: Tensor | None = None) -> Te
         return torch.bmm(matrix.expand(len(maps), *matrix.shape), maps, out=out)
     # oneDNN reads a matrix of its own for each map, and copies of one are made at every call: so few, and once.
     out = maps.new_empty(len(maps), len(matrix), maps.shape[2]) if out is None else out
-    some = min(len(maps), max(1, COPIES_BYTES // (matrix.numel() * matrix.element_size())))
+    some = min(len(maps), max(1, COPIES_BYTES // max(1, matrix.numel() * matrix.element_size())))
     copies = matrix.expand(some, *matrix.shape).contiguous()
     for few, result in zip(maps.split(some), out.split(some), strict=True):
         torch.bmm(copies[: len(few)], few, out=result)
