@@ -10,9 +10,10 @@ from torch.nn.modules import module as torch_module
 
 from vheat_mm.ops.registry import TENSORS, get_backend, is_traced, note
 
+_CALL, _CONV_FORWARD = nn.Module.__call__, nn.Conv2d._conv_forward  # as people patch them
+
 # For each declared class: its forward method then (one that was exchanged since must be called), and the submodules
 # that kernels may stand for, by name.
-_CALL, _CONV_FORWARD = nn.Module.__call__, nn.Conv2d._conv_forward  # as people patch them
 _DECLARED: dict[type, tuple[Callable[..., Any], tuple[tuple[str, type], ...]]] = {}
 
 

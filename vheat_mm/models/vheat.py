@@ -244,20 +244,20 @@ class Stage(nn.ModuleList):
             decays = self.decays(freq_embed, size, compute_dtype(x), cache)
         else:
             embed = ops.fit_freq_embed(freq_embed, size)
+        fused = [decays is not None and type(block) is Block and block.fuses(x) for block in self.blocks]
+        if decays is not None and freq_embed is not None:  # kept by the cache, and hooks may write to what they see
+            decays = [decay if fuses else decay.clone() for decay, fuses in zip(decays, fused, strict=True)]
 
         def run_blocks(x: Tensor) -> Tensor:
             for index, block in enumerate(self.blocks):
                 decay = None if decays is None else decays[index]
-                if decay is not None and freq_embed is not None and not block.fuses(x):
-                    decay = decay.clone()  # hooks may write to it, and the cache keeps it
                 if self.with_cp and torch.is_grad_enabled():
                     x = checkpoint(self._run, block, x, embed, decay, use_reentrant=False)
                 else:
                     x = self._run(block, x, embed, decay)
             return x
 
-        splits = decays is not None and ops.images_per_group(x) < len(x) and all(b.fuses(x) for b in self.blocks)
-        x = ops.apply_to_images(run_blocks, x) if splits else run_blocks(x)
+        x = ops.apply_to_images(run_blocks, x) if all(fused) else run_blocks(x)
         return x, self[self.depth](x) if len(self) > self.depth else x
 
     @property

@@ -5,7 +5,7 @@
 
 from vheat_mm.ops import eager as eager  # registers the kernels for CPUs
 from vheat_mm.ops.backends import use_backend
-from vheat_mm.ops.chunks import apply_to_images, apply_to_rows, images_per_group
+from vheat_mm.ops.chunks import apply_to_images, apply_to_rows
 from vheat_mm.ops.dct import dct_matrix
 from vheat_mm.ops.reference import (
     add_norm,
@@ -37,7 +37,6 @@ __all__ = [
     'get_backend',
     'heat_conduction',
     'heat_norm_gate_',
-    'images_per_group',
     'linear',
     'mlp',
     'norm_add',

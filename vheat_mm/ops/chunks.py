@@ -40,8 +40,8 @@ def apply_to_images(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     On the CPU without gradients it is called on some images at a time.
     """
-    images = images_per_group(x)
-    if images >= x.shape[0]:
+    images = _images_per_group(x) if _splits(x) else len(x)
+    if images >= len(x):
         return function(x)
     results = None
     for index, part in enumerate(x.split(images)):
@@ -52,10 +52,8 @@ def apply_to_images(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return cast(Tensor, results)
 
 
-def images_per_group(x: Tensor) -> int:
-    """Images of a batch (B, H, W, C) to compute at a time: as many as stay in the cache and as a product needs."""
-    if not _splits(x):
-        return max(1, len(x))
+def _images_per_group(x: Tensor) -> int:
+    """Images of a batch to compute at a time: as many as stay in the cache and as a product needs."""
     return max(onednn.slices_per_group(x), -(-MIN_ROWS // max(1, x.shape[1] * x.shape[2])))
 
 

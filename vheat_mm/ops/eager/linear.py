@@ -25,12 +25,8 @@ def supports_with_bias(x: Tensor, *parameters: Tensor | None) -> bool | str:
     return 'no bias' if any(p is None for p in parameters) else supports_inference(x, *parameters)
 
 
-def _supports_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool | str:
-    return 'no bias' if bias is None and torch.compiler.is_compiling() else supports_inference(x, weight, bias)
-
-
-@reference.linear.register('fast', _supports_linear, compiled=True)
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+@reference.linear.register('fast', supports_inference, compiled=True)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See :func:`vheat_mm.ops.reference.linear`."""
     return _linear(x.to(compute_dtype(x)), weight, bias)
 
