@@ -384,6 +384,11 @@ def test_autocast_leaves_float64_alone(model, image):
 def test_maps_of_one_column(make_vheat, size, train):
     model, image = make_vheat(), torch.randn(1, 3, *size)
     assert difference(run(model, image, train, 'fast'), run(model, image, train, 'reference')) < 1e-2
+    x, decay = torch.randn(1, 400, 1, 8), torch.rand(400, 1, 8)
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        found = ops.heat_conduction(x.to(dtype).requires_grad_(train), decay)
+        with ops.use_backend('reference'):
+            assert difference([found], [ops.heat_conduction(x, decay)]) < limit
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ FilterFn = Callable[[Tensor, Place], None]
 
 def uses_even_odd_split(height: int, width: int, dtype: torch.dtype) -> bool:
     """Whether maps of this size and type are transformed by the even/odd split of the DCT."""
-    return height + width >= SPLIT_FROM[dtype] and min(height, width) > 1
+    return height + width >= SPLIT_FROM[dtype]
 
 
 def _supports(x: Tensor, decay: Tensor) -> bool | str:
