@@ -9,6 +9,7 @@ holds still on a busy machine. The demo's configs need its data: ``python demo/m
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -41,7 +42,7 @@ class IterationTimes(Hook):
     def times(self) -> list[float]:
         """Of all iterations but the first few, in seconds."""
         starts = self.starts[WARM_UP:]
-        return [after - before for before, after in zip(starts, starts[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(starts)]
 
 
 def train(path: str, ours: bool, name: str, iterations: int) -> list[float]:
