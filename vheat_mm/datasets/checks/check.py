@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import time
 from collections import Counter
@@ -14,9 +15,10 @@ from mmengine.config import Config
 from rich.console import Console
 from rich.progress import track
 
+from vheat_mm.datasets.checks.classes import judge_classes
 from vheat_mm.datasets.checks.datasets import Part, find_parts
-from vheat_mm.datasets.checks.images import ImageFacts, ImageJob, examine_image, set_up_worker
-from vheat_mm.datasets.checks.label_maps import MapJob, examine_map
+from vheat_mm.datasets.checks.images import Fault, ImageFacts, ImageJob, examine_image, set_up_worker
+from vheat_mm.datasets.checks.label_maps import MapJob, examine_map, judge_first, judge_together
 from vheat_mm.datasets.checks.pool import WorkerCrash, run_jobs
 from vheat_mm.datasets.checks.report import Finding, Report
 from vheat_mm.datasets.checks.samples import Sample, list_samples
@@ -78,15 +80,10 @@ def check_datasets(cfg: Config, splits: Sequence[str], workers: int, limit: int 
     started = time.monotonic()
     report, files = Report(), _Files()
     parts = find_parts(cfg, splits)
-    for number, part in enumerate(parts):
-        count = 0
-        for sample in islice(list_samples(part, report.add), limit):
-            files.add(number, sample)
-            count += 1
-        report.checked.append(f'{"/".join(part.splits)}: {count} samples ({type(part.dataset).__name__}, {part.place})')
+    limited = _list_files(parts, report, files, limit)
     listed = time.monotonic()
     report.add_all(_check_images(files, parts, workers))
-    report.add_all(_check_maps(files, workers))
+    report.add_all(_check_maps(files, parts, limited, workers))
     report.add_all(_check_uses(files, parts))
     now, count = time.monotonic(), len(files.images) + len(files.maps)
     report.checked.append(
@@ -94,6 +91,53 @@ def check_datasets(cfg: Config, splits: Sequence[str], workers: int, limit: int 
         f'{count / max(now - listed, 1e-9):.0f} a second; {now - started:.1f} s in all'
     )
     return report
+
+
+def check_labels(cfg: Config, splits: Sequence[str]) -> Report:
+    """Check what needs no image: annotation files, class names, and as many label maps as show two classes.
+
+    The start of a training runs it: a second, where all files of a data set take minutes.
+
+    Raises:
+        ToolError: The config's data sets cannot be built.
+    """
+    report, files = Report(), _Files()
+    parts = find_parts(cfg, splits)
+    _list_files(parts, report, files, None)
+    jobs: dict[int, list[MapJob]] = {}
+    for job, image in files.maps.values():
+        for number in {use.part for use in files.images[image]}:
+            jobs.setdefault(number, []).append(job)
+    for number, maps in jobs.items():
+        spread = iter(random.Random(0).sample(maps, len(maps)))  # neighbours, as in videos, hold the same classes
+        report.add_all(_findings_on_maps(judge_first(spread), files, maps[0], parts[number]))
+    return report
+
+
+def _list_files(parts: list[Part], report: Report, files: _Files, limit: int | None) -> set[int]:
+    """List the samples of data sets; returns the numbers of those that have more than ``limit``."""
+    limited = set()
+    for number, part in enumerate(parts):
+        count = 0
+        for sample in islice(list_samples(part, report.add), limit):
+            files.add(number, sample)
+            count += 1
+        if count == limit:
+            limited.add(number)
+        report.checked.append(f'{"/".join(part.splits)}: {count} samples ({type(part.dataset).__name__}, {part.place})')
+    report.add_all(judge_classes(parts))
+    return limited
+
+
+def _findings_on_maps(
+    faults: Iterable[tuple[str | None, Fault]], files: _Files, first: MapJob, part: Part
+) -> Iterator[Finding]:
+    folder = os.path.dirname(files.shown(first.path))  # noqa: PTH120 (may be an address)
+    for path, (kind, text) in faults:
+        if path is None:
+            yield Finding(kind, folder, f'{text} ({part.place})')
+        else:
+            yield Finding(kind, files.shown(path), f'{text} (label map)'.strip())
 
 
 def _examine(
@@ -144,7 +188,8 @@ def _check_images(files: _Files, parts: list[Part], workers: int) -> Iterator[Fi
                 break
 
 
-def _check_maps(files: _Files, workers: int) -> Iterator[Finding]:
+def _check_maps(files: _Files, parts: list[Part], limited: set[int], workers: int) -> Iterator[Finding]:
+    read: dict[int, list[tuple[MapJob, tuple[int, ...]]]] = {}  # of each data set, the maps and their values
     jobs = (job for job, _ in files.maps.values())
     for job, facts in _examine(examine_map, jobs, len(files.maps), 'label maps', workers):
         path = files.shown(job.path)
@@ -154,6 +199,13 @@ def _check_maps(files: _Files, workers: int) -> Iterator[Finding]:
         if size is not None and facts.size is not None and size != facts.size:
             text = f'{facts.size[0]} x {facts.size[1]}, its image {size[0]} x {size[1]}'
             yield Finding('map-size', path, f'{text} ({files.shown(image)})')
+        if facts.values:
+            for number in {use.part for use in files.images[image]}:
+                read.setdefault(number, []).append((job, facts.values))
+    for number, maps in read.items():
+        values, rule = {value for _, found in maps for value in found}, maps[0][0].rule
+        faults = [(None, fault) for fault in judge_together(values, len(maps), rule, number not in limited)]
+        yield from _findings_on_maps(faults, files, maps[0][0], parts[number])
 
 
 def _check_uses(files: _Files, parts: list[Part]) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from mmengine.registry import DATASETS, TRANSFORMS
 
 from vheat_mm.datasets.checks.images import Loader
 from vheat_mm.datasets.checks.label_maps import MapRule
+from vheat_mm.datasets.checks.settings import head_classes, ignored_values
 from vheat_mm.utils.errors import ToolError, describe
 
 SPLITS = ('train', 'val', 'test')
@@ -31,6 +32,8 @@ class Part:
         splits: Those that use it.
         transforms: Of its own pipeline and those of its wrappers.
         num_classes: Of the classes or the head; ``None`` where the config does not say.
+        ignored: (place in the config, value of label maps that is ignored there) of heads and evaluators.
+        folders: Name of a folder of images -> labels of its images, once its samples have been listed.
     """
 
     dataset: Any
@@ -38,6 +41,8 @@ class Part:
     splits: list[str]
     transforms: list[Any]
     num_classes: int | None = None
+    ignored: tuple[tuple[str, int | None], ...] = ()
+    folders: dict[str, set[int]] = field(default_factory=dict)
     classes: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,7 +75,9 @@ class Part:
         mapped = tuple((info.get('label_map') or {}).items())
         # Only mmseg's data sets have the key; label maps of panoptic data sets hold colours.
         known = 'reduce_zero_label' in info
-        return MapRule(self.num_classes if known else None, bool(info.get('reduce_zero_label')), mapped, loader)
+        own = (('the data set', getattr(self.dataset, 'ignore_index', 255)),)
+        reduces = bool(info.get('reduce_zero_label'))
+        return MapRule(self.num_classes if known else None, reduces, mapped, loader, own + self.ignored)
 
     def resizes(self) -> list[tuple[float, float]]:
         """Smallest (long side, short side) in pixels that its pipeline resizes whole images to fit into."""
@@ -101,8 +108,9 @@ def find_parts(cfg: Config, splits: Iterable[str]) -> list[Part]:
             for number, pipeline in enumerate(wrapping):
                 part.transforms += _transforms(pipeline, f'{place}, wrapper {number}')
     for part in parts.values():
-        known = [number for number in (len(part.classes), _head_classes(cfg)) if number]
+        known = [number for number in (len(part.classes), head_classes(cfg)) if number]
         part.num_classes = min(known, default=None)
+        part.ignored = ignored_values(cfg)
     if not parts:
         wanted = ', '.join(f'{split}_dataloader' for split in splits)
         raise ToolError(f'the config defines no {wanted}: there is nothing to check')
@@ -167,12 +175,3 @@ def _resizes(transform: Any) -> Iterator[tuple[float, float]]:
     for scale in scales:
         if isinstance(scale, list | tuple) and len(scale) == 2 and all(isinstance(x, int | float) for x in scale):
             yield max(scale) * ratio, min(scale) * ratio
-
-
-def _head_classes(cfg: Config) -> int | None:
-    """The smallest ``num_classes`` of the heads for label maps and for whole images."""
-    model = cfg.model
-    heads = [model.get('head'), model.get('decode_head'), model.get('auxiliary_head')]
-    flat = [head for entry in heads for head in (entry if isinstance(entry, list | tuple) else [entry])]
-    numbers = [head.get('num_classes') for head in flat if isinstance(head, dict)]
-    return min((number for number in numbers if isinstance(number, int) and number > 0), default=None)

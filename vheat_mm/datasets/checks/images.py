@@ -57,10 +57,12 @@ class ImageFacts(NamedTuple):
     Attributes:
         faults: Kinds of findings, each with its text.
         size: (width, height) in pixels as decoded; ``None`` where it cannot be.
+        values: Of a label map: those that occur.
     """
 
     faults: tuple[Fault, ...] = ()
     size: tuple[int, int] | None = None
+    values: tuple[int, ...] = ()
 
 
 class FaultError(Exception):

@@ -38,7 +38,7 @@ _CHECK_SIZE = 'check whether the size of the image is right'
 _ENCODE = 'encode the mask again, at the size of the image'
 _FILE_SIZE = 'write the size of the image file; if it was scaled or rotated, transform its annotations alike'
 _REMOVE_SAMPLE = 'remove the sample from the data set'
-_VALUES = 'correct the map, add the classes, or set the pixels to 255 (reduce_zero_label=True subtracts one from all)'
+_VALUES = 'correct the map, add the class, or set ignore_index (reduce_zero_label=True subtracts one from all)'
 
 _ERRORS = {
     # --- any file
@@ -59,12 +59,23 @@ _ERRORS = {
     'dataset-unreadable': ('data set cannot be built', _NOT_BUILT, 'see the message'),
     'dataset-empty': ('data set without samples', _NOT_BUILT, 'check ann_file, data_prefix, suffixes, filter_cfg'),
     'sample-unreadable': ('entry of a sample cannot be read', _STOPS, 'see the message'),
+    'classes-differ': (
+        'classes are not those of the training set',
+        'learns other numbers than it is tested on: the score is far too low',
+        'give all data sets the same folders (empty ones count), or an ann_file and the same metainfo.classes',
+    ),
+    'classes-shifted': (
+        'reduce_zero_label differs between data sets',
+        'learns other numbers than it is tested on',
+        'set reduce_zero_label alike',
+    ),
+    'class-folder-hidden': ('folder of another program taken as a class', 'numbers it as a class', 'remove the folder'),
     # --- COCO annotation files
     'json-malformed': ('annotation file is no JSON', _NOT_BUILT, 'write the file again from its source'),
     'json-entry-malformed': ('entry does not have the form of COCO', _NOT_BUILT, 'correct or remove the entry'),
     'json-field-missing': ('entry lacks a field', _NOT_BUILT, 'add the field; mmdet needs it'),
     'classes-missing': ('categories lack names of metainfo.classes', _AT_START, 'make the names alike, case included'),
-    'classes-order': ('categories are in another order than metainfo.classes', _AT_START, 'use the order of the file'),
+    'classes-order': ('categories or folders are in another order than metainfo.classes', _AT_START, 'use their order'),
     'no-usable-annotation': ('no annotation can be used', _NOT_BUILT, 'check image ids, categories, metainfo.classes'),
     'duplicate-image-id': ('several images with one id', 'uses the last, with the boxes of all', 'number them again'),
     'duplicate-annotation-id': ('several annotations with one id', _NOT_BUILT, 'number the annotations again'),
@@ -95,10 +106,26 @@ _ERRORS = {
     ),
     'map-channels': ('label map with several channels', 'stops, or reads colours as classes', 'write one channel'),
     'map-16-bit': ('label map with values over 255', 'learns wrong labels from the lower 8 bits', 'write 8 bits'),
+    'map-lossy': ('label map as JPEG', 'learns values that the compression has changed', 'write PNG from the source'),
+    'maps-without-classes': (
+        'all label maps together hold less than two classes',
+        'learns to predict one class everywhere, with a high score',
+        'write classes as 0 .. n-1 (1 for 255, which is ignored), or set ignore_index and num_classes to suit',
+    ),
+    'ignore-index-differs': (
+        'value that only some of data set, heads and evaluators ignore',
+        'stops at the first batch with it, or counts it as wrong in the score',
+        'set ignore_index alike in the data set, each head and each evaluator',
+    ),
     'map-one-pixel-wide': ('label map one pixel wide or high', _STOPS, _REMOVE_SAMPLE),
     # --- classification
     'label-malformed': ('line is not a path, a space and a number', _NOT_BUILT, 'correct or remove the line'),
     'label-out-of-range': ('label outside the classes', _STOPS_AT_LABEL, 'correct the label, or raise num_classes'),
+    'label-of-all': (
+        'all samples have one label',
+        'learns to predict it everywhere, with top-1 100, or stops in the loss',
+        'add samples of other classes',
+    ),
     'label-contradiction': ('one file with several labels', 'learns both', 'keep the right one'),
 }
 _WARNINGS = {
@@ -117,6 +144,11 @@ _WARNINGS = {
         'if annotations fit the stored pixels, remove the EXIF orientation',
     ),
     'image-in-two-splits': ('image in train and in another split', 'is tested on what it learned', 'keep it in one'),
+    'classes-alike': (
+        'class names that differ only in case or spaces, or not at all',
+        'learns them as several',
+        _CHECK,
+    ),
     # --- COCO annotation files
     'image-without-annotation': (
         'image without annotations',
@@ -135,6 +167,11 @@ _WARNINGS = {
     'mask-beyond-edge': ('mask extends over the edge by more than a pixel', 'clips it', _CHECK_SIZE),
     'rle-without-size': ('RLE without size or counts', 'ignores the annotation', _ENCODE),
     # --- label maps, classification
+    'ignore-index-unsaid': (
+        'value that heads and evaluators ignore, and the data set does not name',
+        'ignores it',
+        'set ignore_index of the data set, too',
+    ),
     'map-all-ignored': ('label map of ignored pixels only', 'learns nothing from it', _REMOVE_SAMPLE),
     'class-without-samples': (
         'class without samples',

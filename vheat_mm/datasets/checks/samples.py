@@ -88,6 +88,7 @@ def _list_lines(part: Part, note: Note) -> Iterator[Sample]:
         empty = False
         label_or_none = int(label[0]) if dataset.with_label else None
         seen.add(label_or_none, path, f'line {number}: {name}')
+        seen.add_folder(name, label_or_none)
         yield Sample(backend.join_path(dataset.img_prefix, name), label=label_or_none)
     seen.finish(path)
     if empty:
@@ -120,6 +121,7 @@ def _list_loaded(part: Part, note: Note) -> Iterator[Sample]:
             continue
         label = info.get('gt_label')
         seen.add(label, image, '')
+        seen.add_folder(image, label)
         _judge_instances(info, part, image, note)
         label_map = info.get('seg_map_path')
         size = (info['width'], info['height']) if 'width' in info and 'height' in info else None
@@ -134,11 +136,13 @@ class _Labels:
     def __init__(self, part: Part, note: Note) -> None:
         self._part, self._note = part, note
         self._seen: set[int] = set()
+        self._single = True
 
     def add(self, label: Any, path: str, text: str) -> None:
         """Add a sample's label, labels or ``None``."""
         labels = label if isinstance(label, list | tuple) else [] if label is None else [label]
         self._seen.update(labels)
+        self._single = self._single and isinstance(label, int)
         limit = self._part.num_classes
         wrong = [value for value in labels if value < 0 or (limit is not None and value >= limit)]
         if wrong:
@@ -146,9 +150,18 @@ class _Labels:
             classes = f'; classes are 0 .. {limit - 1}' if limit else ''
             self._note(Finding('label-out-of-range', path, text + classes))
 
+    def add_folder(self, image: str, label: Any) -> None:
+        """Add a sample to the labels that are found in its folder."""
+        if isinstance(label, int):
+            folder = os.path.basename(os.path.dirname(image))  # noqa: PTH119, PTH120 (a path or an address)
+            self._part.folders.setdefault(folder, set()).add(label)
+
     def finish(self, path: str) -> None:
         """Report classes without samples."""
         if self._seen and self._part.trains:
+            if self._single and len(self._seen) == 1:
+                self._note(Finding('label-of-all', path, f'all samples have label {self._seen.pop()}'))
+                return
             for number, name in enumerate(self._part.classes):
                 if number not in self._seen:
                     self._note(Finding('class-without-samples', path, f'{name} (label {number})'))

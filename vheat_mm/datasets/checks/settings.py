@@ -1,0 +1,56 @@
+"""What a config's model and evaluators say about labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.config import Config
+
+_MAP_HEADS = ('decode_head', 'auxiliary_head')
+
+
+def head_classes(cfg: Config) -> int | None:
+    """The smallest ``num_classes`` of the heads for label maps and for whole images."""
+    numbers = [head.get('num_classes') for name in ('head', *_MAP_HEADS) for _, head in _entries(cfg.model, name)]
+    return min((number for number in numbers if isinstance(number, int) and number > 0), default=None)
+
+
+def ignored_values(cfg: Config) -> tuple[tuple[str, int | None], ...]:
+    """Who ignores which value of label maps: (place in the config, ``ignore_index``) of heads and evaluators."""
+    found = [
+        (f'model.{place}', head.get('ignore_index', 255))
+        for name in _MAP_HEADS
+        for place, head in _entries(cfg.model, name)
+    ]
+    for field in ('val_evaluator', 'test_evaluator'):
+        for place, metric in _entries(cfg, field):
+            if type_name(metric).endswith('IoUMetric'):
+                found.append((place, metric.get('ignore_index', 255)))
+    return tuple(found)
+
+
+def coco_metrics(cfg: Config, split: str) -> set[str]:
+    """Of a split's ``CocoMetric`` that reads an annotation file itself: ``'bbox'``, ``'segm'``, ...; else nothing."""
+    wanted: set[str] = set()
+    for _, metric in _entries(cfg, f'{split}_evaluator'):
+        if type_name(metric) == 'CocoMetric' and metric.get('ann_file') and not metric.get('format_only'):
+            kinds = metric.get('metric', 'bbox')
+            wanted |= {kinds} if isinstance(kinds, str) else set(kinds)
+    return wanted
+
+
+def type_name(entry: Any) -> str:
+    """Name of a config entry's ``type``, without scope or module, be it a name or a class."""
+    kind = entry.get('type', '') if isinstance(entry, dict) else type(entry)
+    name = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
+    return name.split('.')[-1].split('::')[-1]
+
+
+def _entries(parent: Any, name: str) -> Iterator[tuple[str, dict]]:
+    """The dicts of an entry that is a dict or a list of them, with their places."""
+    entry = parent.get(name)
+    entries = entry if isinstance(entry, list | tuple) else [entry]
+    for number, value in enumerate(entries):
+        if isinstance(value, dict):
+            yield (f'{name}[{number}]' if isinstance(entry, list | tuple) else name), value
