@@ -19,7 +19,13 @@ from vheat_mm.apis.outputs import apply_out, apply_show
 from vheat_mm.apis.tta import apply_tta
 from vheat_mm.engine import fileio
 from vheat_mm.engine.hooks import SetupEndHook
-from vheat_mm.engine.runner.build import add_fault_tolerance_hooks, build_runner, remove_hook, set_dataloader_defaults
+from vheat_mm.engine.runner.build import (
+    add_fault_tolerance_hooks,
+    add_hook,
+    build_runner,
+    remove_hook,
+    set_dataloader_defaults,
+)
 from vheat_mm.engine.runner.distributed import exit_process, tear_down_processes, visualize_on_all_ranks
 from vheat_mm.engine.runner.environment import log_environment
 from vheat_mm.utils.errors import ToolError
@@ -99,6 +105,7 @@ def run_testing(argv: Sequence[str] | None = None) -> int:
         # state_dict holds the averaged weights already. With test-time augmentation, EMAHook (mmengine <= 0.10.7) fails
         # to load its own copy and would swap in random weights.
         remove_hook(cfg, 'EMAHook')
+        add_hook(cfg, 'SkipBrokenSamplesHook')  # names the image that cannot be loaded
         if args.tta:
             apply_tta(cfg)
         if args.out:

@@ -29,7 +29,7 @@ class NonFiniteError(VHeatError, RuntimeError):
 
 
 class BrokenSampleError(VHeatError, RuntimeError):
-    """Several samples in a row could not be loaded, so the cause is not a single broken file."""
+    """So many samples cannot be loaded that no others may take their places, or one of a validation or test set."""
 
 
 class ViewError(VHeatError, ValueError):

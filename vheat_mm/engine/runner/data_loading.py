@@ -13,13 +13,51 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from torch.utils.data import DataLoader
 
 from vheat_mm.engine.runner.resumable_sampler import Fetch
-from vheat_mm.utils.errors import BrokenSampleError
+from vheat_mm.utils.errors import AnnotationError, BrokenSampleError
+
+
+class Ledger:
+    """Which samples of a data set were loaded and which were left out, counted in all workers of a process.
+
+    Args:
+        length: Number of samples.
+        max_share: Share of samples left out that raises an error.
+    """
+
+    _REASONS = ('could not be read', 'have labels that the model cannot learn', 'could not be decoded or transformed')
+    _ENOUGH, _ALWAYS = 100, 3  # samples of which a share says something; left out whatever the share
+
+    def __init__(self, length: int, max_share: float) -> None:
+        # 0: not seen, 1: loaded, from 2 on: left out for that reason. Workers write into the same memory.
+        self.marks = torch.zeros(length, dtype=torch.uint8).share_memory_()
+        self._max_share = max_share
+
+    def add(self, index: int, error: Exception | None) -> None:
+        """Note that a sample was loaded or left out."""
+        reason = 0 if isinstance(error, OSError) else 1 if isinstance(error, AnnotationError) else 2
+        mark = 1 if error is None else 2 + reason
+        self.marks[index] = max(int(self.marks[index]), mark)
+
+    def summary(self) -> str:
+        """How many samples were left out and why; an empty text for none."""
+        counts = torch.bincount(self.marks, minlength=5).tolist()[2:]
+        reasons = [f'{count} {reason}' for count, reason in zip(counts, self._REASONS, strict=True) if count]
+        if not reasons:
+            return ''
+        return f'{sum(counts)} of {int(self.marks.count_nonzero())} samples were left out: {", ".join(reasons)}'
+
+    def is_full(self) -> bool:
+        """Whether too many were left out: of those seen or, before these are 100, of the whole data set."""
+        seen = int(self.marks.count_nonzero())
+        allowed = self._max_share * (seen if seen >= self._ENOUGH else len(self.marks))
+        return int((self.marks > 1).sum()) > max(allowed, self._ALWAYS)
 
 
 class SkippingFetch:
@@ -29,16 +67,18 @@ class SkippingFetch:
         dataset: Indexed by sample.
         check: Raises for a loaded sample that must not be used.
         tries: Number of failures in a row that raise an error.
+        ledger: Of the data set.
     """
 
-    def __init__(self, dataset: Any, check: Callable[[Any], None], tries: int) -> None:
-        self._dataset, self._check, self._tries = dataset, check, tries
+    def __init__(self, dataset: Any, check: Callable[[Any], None], tries: int, ledger: Ledger) -> None:
+        self._dataset, self._check, self._tries, self._ledger = dataset, check, tries, ledger
+        self._first = ''
 
     def __call__(self, batch: Sequence[int]) -> list:
         """Load a batch.
 
         Raises:
-            BrokenSampleError: ``tries`` samples in a row have failed.
+            BrokenSampleError: ``tries`` samples in a row have failed, or too many of all.
         """
         return [self._load(index) for index in batch]
 
@@ -47,21 +87,57 @@ class SkippingFetch:
             try:
                 sample = self._dataset[index]
                 self._check(sample)
+                self._ledger.add(index, None)
                 return sample
             except Exception as caught:  # decoders and augmentations raise errors of many types
                 error = caught
-            text = f'{type(error).__name__}: {" ".join(str(error).split())}'[:500]
+            self._ledger.add(index, error)
+            text = f'sample {index} ({path_of(self._dataset, index)})'
+            reason = _one_line(error)
+            self._first = self._first or f'{text}: {reason}'
+            if self._ledger.is_full():
+                raise BrokenSampleError(f'{self._ledger.summary()}. The first was {self._first}. {_ADVICE}') from error
             # The level ERROR is written by all ranks, lower ones by rank 0 only.
-            MMLogger.get_current_instance().error(
-                f'sample {index} ({path_of(self._dataset, index)}) is left out, another takes its place: {text}'
-            )
+            MMLogger.get_current_instance().error(f'{text} is left out, another takes its place: {reason}')
             if _is_storage_error(error) and attempt + 1 < self._tries:
                 time.sleep(min(2**attempt, 30))
             index = int(np.random.randint(len(self._dataset)))  # noqa: NPY002 (seeded with the batch)
         raise BrokenSampleError(
-            f'{self._tries} samples in a row could not be loaded, the last one with: {text}. '
-            'python tools/misc/check_dataset.py CONFIG lists what is wrong with a data set'
+            f'{self._tries} samples in a row could not be loaded, the last one with: {reason}. {_ADVICE}'
         ) from error
+
+
+class NamingFetch:
+    """Loads a batch of a validation or test set, and names the sample that fails: a score needs each of them."""
+
+    def __init__(self, dataset: Any, check: Callable[[Any], None]) -> None:
+        self._dataset, self._check = dataset, check
+
+    def __call__(self, batch: Sequence[int]) -> list:
+        """Load a batch.
+
+        Raises:
+            BrokenSampleError: A sample has failed.
+        """
+        return [self._load(index) for index in batch]
+
+    def _load(self, index: int) -> Any:
+        try:
+            sample = self._dataset[index]
+            self._check(sample)
+            return sample
+        except Exception as error:
+            raise BrokenSampleError(
+                f'sample {index} ({path_of(self._dataset, index)}) of the data set to test on cannot be used: '
+                f'{_one_line(error)}. Correct or remove it: a score needs each sample'
+            ) from error
+
+
+_ADVICE = 'python tools/misc/check_dataset.py CONFIG lists what is wrong with a data set'
+
+
+def _one_line(error: Exception) -> str:
+    return f'{type(error).__name__}: {" ".join(str(error).split())}'[:500]
 
 
 def _is_storage_error(error: BaseException) -> bool:

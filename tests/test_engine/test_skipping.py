@@ -1,0 +1,82 @@
+"""Samples that cannot be loaded: left out in training up to a share of all, named in validation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mmengine.logging import MMLogger
+from torch.utils.data import DataLoader, Dataset
+
+from vheat_mm.engine.hooks import SkipBrokenSamplesHook
+from vheat_mm.engine.runner.data_loading import Ledger, NamingFetch, SkippingFetch, set_fetch
+from vheat_mm.utils.errors import AnnotationError, BrokenSampleError
+
+
+class Numbers(Dataset):
+    """Numbers, of which those in ``broken`` raise an error."""
+
+    def __init__(self, length: int, broken: dict[int, Exception]):
+        self.length, self.broken = length, broken
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise self.broken[index]
+        return index
+
+    def get_data_info(self, index):
+        return dict(img_path=f'pictures/{index}.jpg')
+
+
+def epoch(data: Numbers, ledger: Ledger, workers: int = 0) -> list[int]:
+    MMLogger.get_instance('skipping')
+    loader = DataLoader(data, batch_size=4, num_workers=workers)
+    set_fetch(loader, lambda _: SkippingFetch(data, lambda _: None, 10, ledger))
+    return torch.cat(list(loader)).tolist()
+
+
+@pytest.mark.parametrize('workers', [0, 3])
+def test_counts_of_all_workers(workers):
+    data = Numbers(200, {3: FileNotFoundError('gone'), 77: AnnotationError('label 9'), 150: ValueError('bad')})
+    ledger = Ledger(len(data), max_share=0.1)
+    drawn = epoch(data, ledger, workers)
+    assert len(drawn) == 200
+    assert not {3, 77, 150} & set(drawn)
+    text = '3 of 200 samples were left out: 1 could not be read, 1 have labels that the model cannot learn, 1 could not'
+    assert ledger.summary().startswith(text)
+    assert epoch(data, ledger, workers)  # a second time, they count once
+    assert ledger.summary().startswith(text)
+
+
+@pytest.mark.parametrize('workers', [0, 3])
+def test_too_many(workers):
+    """56 of 64 used to leave a training on 8 images, with status 0."""
+    data = Numbers(64, {index: OSError('gone') for index in range(8, 64)})
+    with pytest.raises(BrokenSampleError, match=r'\d+ of \d+ samples were left out: \d+ could not be read. The first'):
+        epoch(data, Ledger(64, max_share=0.1), workers)
+
+
+@pytest.mark.parametrize(('length', 'broken', 'fine'), [(6, 3, True), (6, 4, False), (400, 39, True), (400, 60, False)])
+def test_share(length, broken, fine):
+    ledger = Ledger(length, max_share=0.1)
+    step = length // broken
+    for index in range(length):
+        ledger.add(index, ValueError() if index % step == 0 and index // step < broken else None)
+    assert ledger.is_full() is not fine
+
+
+def test_validation_names_the_sample():
+    data = Numbers(8, {5: ValueError('no image')})
+    loader = DataLoader(data, batch_size=4, num_workers=1)
+    set_fetch(loader, lambda _: NamingFetch(data, lambda _: None))
+    with pytest.raises(BrokenSampleError, match=r'sample 5 \(pictures/5.jpg\) .*ValueError: no image'):
+        list(loader)
+
+
+def test_arguments():
+    with pytest.raises(ValueError, match='max_share=2'):
+        SkipBrokenSamplesHook(max_share=2)
+    with pytest.raises(ValueError, match='tries=0'):
+        SkipBrokenSamplesHook(tries=0)
