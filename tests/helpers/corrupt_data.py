@@ -162,7 +162,7 @@ def coco_content(files: dict[str, Path]) -> dict[str, Any]:
             dict(
                 id=index,
                 image_id=index,
-                category_id=1,
+                category_id=1 + index % 2,
                 bbox=[x, y, w, h],
                 area=w * h,
                 iscrowd=0,
@@ -226,6 +226,13 @@ ANNOTATION_FAULTS: dict[str, tuple[Callable[[dict], Any], set[str]]] = {
     'rle_wrong_sum': (_mask(dict(size=[HEIGHT, WIDTH], counts=[20, 30])), {'rle-sum'}),
     'rle_without_size': (_mask(dict(counts=[20, 30, 50])), {'rle-without-size'}),
     'rle_garbage': (_mask(dict(size=[HEIGHT, WIDTH], counts='not an RLE')), {'mask-malformed'}),
+    'crowd_missing': (_change(iscrowd=None), {'iscrowd-missing'}),
+    'crowd_text': (_change(iscrowd='0'), {'iscrowd-unusable'}),
+    'root_category': (lambda c: c['categories'].append(dict(id=9, name='box')), {'category-twice'}),
+    'boxes_as_corners': (
+        lambda c: [entry.update(bbox=[20, 16, 60, 44]) for entry in c['annotations']],
+        {'boxes-as-corners', 'box-beyond-edge'},
+    ),
     'category_unknown': (_change(category_id=9), {'category-unknown'}),
     'category_missing': (_change(category_id=None), {'json-field-missing'}),
     'annotation_of_no_image': (_change(image_id=99), {'annotation-without-image', 'image-without-annotation'}),

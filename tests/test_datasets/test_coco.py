@@ -11,9 +11,11 @@ import corrupt_data
 import numpy as np
 import pytest
 from data_checks import DETECTION, check, dataset
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from vheat_mm.datasets.checks import masks
+from vheat_mm.datasets.checks.check import check_labels
 from vheat_mm.datasets.checks.coco import judge_coco, read_coco
 from vheat_mm.datasets.checks.coco_labels import check_coco_file
 from vheat_mm.datasets.checks.kinds import KINDS
@@ -33,8 +35,50 @@ def test_annotations(coco, name):
     findings = list(judge_coco(content, corrupt_data.CLASSES, trains=True, with_mask=True))
     assert {finding.kind for finding in findings} == ANNOTATIONS[name]
     Report().add_all(findings)
-    if name.startswith(('box', 'area', 'polygon', 'mask', 'rle', 'category')):
+    if name.startswith(('box_', 'area', 'polygon', 'mask', 'rle', 'category')):
         assert (findings[0].image_id, findings[0].annotation_id) == (1, 1)
+
+
+def test_boxes_in_parts_of_the_image(tmp_path):
+    content = corrupt_data.coco_content({name: Path(f'{name}.jpg') for name in corrupt_data.GOOD})
+    for annotation in content['annotations']:
+        annotation['bbox'] = [0.2, 0.2, 0.5, 0.5]
+    (tmp_path / 'x.json').write_text(json.dumps(content))
+    kinds = {
+        finding.kind for finding in judge_coco(read_coco(str(tmp_path / 'x.json')), corrupt_data.CLASSES, True, True)
+    }
+    assert kinds == {'boxes-normalised', 'box-degenerate', 'no-usable-annotation'}
+
+
+def test_class_without_objects(coco):
+    content = read_coco(str(coco['good']))
+    content.category_index[:] = 0
+    (finding,) = judge_coco(content, corrupt_data.CLASSES, trains=True, with_mask=True)
+    assert (finding.kind, finding.value) == ('class-without-samples', 'box')
+
+
+@pytest.mark.parametrize(
+    ('name', 'evaluator', 'kinds'),
+    [
+        ('crowd_missing', {}, {'iscrowd-unusable'}),
+        ('crowd_missing', dict(ann_file=None), {'iscrowd-missing'}),
+        ('crowd_missing', dict(format_only=True), {'iscrowd-missing'}),
+        ('mask_missing', {}, set()),
+        ('mask_missing', dict(metric=['bbox', 'segm']), {'mask-missing'}),
+        ('good', dict(ann_file='good_too.json'), {'evaluator-file'}),
+    ],
+)
+def test_what_pycocotools_reads(coco, name, evaluator, kinds):
+    """It needs more than mmdet, and is first called after an epoch."""
+    pytest.importorskip('mmdet')
+    init_default_scope('mmdet')
+    pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True)]
+    cfg = dict(
+        model={},
+        val_dataloader=dict(dataset=dataset(DETECTION, coco[name], pipeline=pipeline)),
+        val_evaluator=dict(dict(type='CocoMetric', metric='bbox', ann_file=str(coco[name])), **evaluator),
+    )
+    assert set(check_labels(Config(cfg), ('val',)).counts) == kinds
 
 
 def test_annotations_that_mmdet_ignores(tmp_path):

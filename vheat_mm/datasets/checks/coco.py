@@ -20,6 +20,7 @@ from vheat_mm.datasets.checks.report import Finding
 from vheat_mm.utils.text import some_of
 
 _NUMBERS = {int, float}
+_FEW = 3  # boxes that say nothing about all others
 _NEEDED = dict(
     images=('id', 'file_name', 'width', 'height'),
     annotations=('id', 'image_id', 'category_id', 'bbox', 'area'),
@@ -53,6 +54,7 @@ class CocoContent:
         image_ids: Ids in images or annotations -> index; ``category_ids`` likewise.
         reported: Indices of images with an entry that is reported: what follows from that is not.
         findings: What reading has found.
+        crowds: 'missing' and 'malformed' -> rows of annotations whose ``iscrowd`` is so.
     """
 
     path: str
@@ -68,6 +70,7 @@ class CocoContent:
     category_ids: dict[Any, int] = field(default_factory=dict)
     reported: set[int] = field(default_factory=set)
     findings: list[Finding] = field(default_factory=list)
+    crowds: dict[str, list[int]] = field(default_factory=lambda: dict(missing=[], malformed=[]))
 
     @cached_property
     def ids(self) -> tuple[list, list]:
@@ -152,6 +155,8 @@ def _add_annotation(content: CocoContent, entry: dict, boxes: array, keys: array
     valid = isinstance(box, list) and len(box) == 4 and set(map(type, box)) <= _NUMBERS and type(area) in _NUMBERS
     if not valid:
         content.report('box-malformed', f'bbox {box!r}, area {area!r}'[:120], entry['image_id'], entry['id'])
+    if (crowd := entry.get('iscrowd')) not in (0, 1):
+        content.crowds['missing' if crowd is None else 'malformed'].append(len(content.annotation_ids))
     content.annotation_ids.append(entry['id'])
     category = content.category_ids.setdefault(entry['category_id'], len(content.category_ids))
     keys.extend((content.index_of(entry['image_id']), category, valid and not entry.get('ignore', False)))
@@ -159,7 +164,9 @@ def _add_annotation(content: CocoContent, entry: dict, boxes: array, keys: array
     content.masks.add(entry.get('segmentation'))
 
 
-def judge_coco(content: CocoContent, classes: tuple[str, ...], trains: bool, with_mask: bool) -> Iterator[Finding]:
+def judge_coco(
+    content: CocoContent, classes: tuple[str, ...], trains: bool, with_mask: bool, evaluated: bool = False
+) -> Iterator[Finding]:
     """Compare the entries of a file with each other.
 
     Args:
@@ -167,8 +174,14 @@ def judge_coco(content: CocoContent, classes: tuple[str, ...], trains: bool, wit
         classes: ``metainfo.classes``; none where the data are only predicted on.
         trains: Whether training uses it: images without objects then matter.
         with_mask: Whether its masks are loaded.
+        evaluated: Whether pycocotools reads it to compute a score.
     """
     yield from content.findings
+    for name, crowds in content.crowds.items():
+        if crowds:
+            kind = 'iscrowd-unusable' if evaluated or name == 'malformed' else 'iscrowd-missing'
+            text = f'{name} in {len(crowds)} of {len(content.annotation_ids)} annotations'
+            yield _annotation_finding(content, kind, crowds[0], text)
     if mismatch := compare_classes([name for _, name in content.categories], classes):
         yield Finding(mismatch[0], content.path, mismatch[1])
     seen = set()
@@ -177,6 +190,7 @@ def judge_coco(content: CocoContent, classes: tuple[str, ...], trains: bool, wit
             yield _annotation_finding(content, 'duplicate-annotation-id', row)
         seen.add(annotation)
     faults, kept, sizes = _judge_boxes(content, classes)
+    yield from _judge_form_of_boxes(content, sizes)
     for kind, rows in faults.items():
         for row in rows.nonzero()[0].tolist():
             yield _annotation_finding(content, kind, row)
@@ -188,6 +202,11 @@ def judge_coco(content: CocoContent, classes: tuple[str, ...], trains: bool, wit
         if not kept.any():
             text = f'{len(content.annotation_ids)} annotations, {len(content.images)} images'
             yield Finding('no-usable-annotation', content.path, text)
+        learned = {content.ids[1][index] for index in set(content.category_index[kept].tolist())}
+        names = {name: category in learned for category, name in content.categories}
+        for name in classes if learned else ():
+            if not names.get(name, True):
+                yield Finding('class-without-samples', content.path, name)
         annotated = content.reported.union(content.image_index.tolist())
         for index, image in content.images.items():
             if index not in annotated:
@@ -197,12 +216,29 @@ def judge_coco(content: CocoContent, classes: tuple[str, ...], trains: bool, wit
 def compare_classes(names: list[str], classes: tuple[str, ...]) -> tuple[str, str] | None:
     """Kind of finding and text where the categories' names do not match ``metainfo.classes``."""
     known = [name for name in names if name in classes]
+    if twice := [name for name in classes if known.count(name) > 1]:
+        return 'category-twice', f'several of its categories are named {some_of(twice)}'
     if missing := [name for name in classes if name not in known]:
         return 'classes-missing', f'its categories [{some_of(names)}] lack [{some_of(missing)}] of metainfo.classes'
     if known != list(classes):
         order = f'[{some_of(known)}], metainfo.classes in [{some_of(list(classes))}]'
         return 'classes-order', f'its categories come in the order {order}; labels follow the order of the file'
     return None
+
+
+def _judge_form_of_boxes(content: CocoContent, sizes: np.ndarray) -> Iterator[Finding]:
+    """Boxes that are all written in another form than COCO's."""
+    rows = (content.is_judged & (sizes > 2).all(axis=1)).nonzero()[0]
+    boxes, sizes = content.boxes[rows, :4], sizes[rows]
+    if len(rows) < _FEW or not np.isfinite(boxes).all():
+        return
+    low, high = boxes[:, :2], boxes[:, 2:]
+    beyond = (low + high > sizes + 1).any(axis=1)
+    if (boxes <= 1).all():
+        yield _annotation_finding(content, 'boxes-normalised', int(rows[0]))
+    elif beyond.sum() >= max(_FEW, len(rows) / 10) and (high > low).all() and (high <= sizes + 1).all():
+        text = f'all {len(rows)} fit their images as two corners; as [x, y, width, height], {int(beyond.sum())} do not'
+        yield _annotation_finding(content, 'boxes-as-corners', int(rows[beyond.argmax()]), text)
 
 
 def _judge_boxes(

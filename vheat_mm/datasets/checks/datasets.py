@@ -14,7 +14,7 @@ from mmengine.registry import DATASETS, TRANSFORMS
 
 from vheat_mm.datasets.checks.images import Loader
 from vheat_mm.datasets.checks.label_maps import MapRule
-from vheat_mm.datasets.checks.settings import head_classes, ignored_values
+from vheat_mm.datasets.checks.settings import coco_metrics, head_classes, ignored_values
 from vheat_mm.utils.errors import ToolError, describe
 
 SPLITS = ('train', 'val', 'test')
@@ -33,6 +33,7 @@ class Part:
         transforms: Of its own pipeline and those of its wrappers.
         num_classes: Of the classes or the head; ``None`` where the config does not say.
         ignored: (place in the config, value of label maps that is ignored there) of heads and evaluators.
+        metrics: What pycocotools computes on it (``'bbox'``, ``'segm'``) -> annotation file of the evaluator.
         folders: Name of a folder of images -> labels of its images, once its samples have been listed.
     """
 
@@ -42,6 +43,7 @@ class Part:
     transforms: list[Any]
     num_classes: int | None = None
     ignored: tuple[tuple[str, int | None], ...] = ()
+    metrics: dict[str, str] = field(default_factory=dict)
     folders: dict[str, set[int]] = field(default_factory=dict)
     classes: tuple[str, ...] = field(init=False)
 
@@ -56,8 +58,8 @@ class Part:
 
     @property
     def with_mask(self) -> bool:
-        """Whether instance masks are loaded."""
-        return any(getattr(transform, 'with_mask', False) for transform in self.transforms)
+        """Whether instance masks are loaded, by the pipeline or to compute a score."""
+        return 'segm' in self.metrics or any(getattr(transform, 'with_mask', False) for transform in self.transforms)
 
     def image_loader(self) -> Loader:
         """How its pipeline loads images."""
@@ -111,6 +113,8 @@ def find_parts(cfg: Config, splits: Iterable[str]) -> list[Part]:
         known = [number for number in (len(part.classes), head_classes(cfg)) if number]
         part.num_classes = min(known, default=None)
         part.ignored = ignored_values(cfg)
+        for split in part.splits:
+            part.metrics |= coco_metrics(cfg, split)
     if not parts:
         wanted = ', '.join(f'{split}_dataloader' for split in splits)
         raise ToolError(f'the config defines no {wanted}: there is nothing to check')

@@ -67,11 +67,17 @@ def _list_coco(part: Part, note: Note) -> Iterator[Sample]:
         kind = 'file-unreadable' if isinstance(error, OSError) else 'json-malformed'
         note(Finding(kind, path, str(error)))
         return
-    for finding in judge_coco(content, part.classes, part.trains, part.with_mask):
+    for finding in judge_coco(content, part.classes, part.trains, part.with_mask, bool(part.metrics)):
         note(finding)
+    for other in {name for name in part.metrics.values() if not _is_same(name, path)}:
+        note(Finding('evaluator-file', path, f'the evaluator has ann_file={other!r} ({part.place})'))
     folder = part.dataset.data_prefix.get('img', '')
     for image in content.images.values():
         yield Sample(os.path.join(folder, image.file_name), image.id, (image.width, image.height))  # noqa: PTH118
+
+
+def _is_same(path: str, other: str) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def _list_lines(part: Part, note: Note) -> Iterator[Sample]:

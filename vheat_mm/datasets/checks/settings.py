@@ -30,14 +30,14 @@ def ignored_values(cfg: Config) -> tuple[tuple[str, int | None], ...]:
     return tuple(found)
 
 
-def coco_metrics(cfg: Config, split: str) -> set[str]:
-    """Of a split's ``CocoMetric`` that reads an annotation file itself: ``'bbox'``, ``'segm'``, ...; else nothing."""
-    wanted: set[str] = set()
+def coco_metrics(cfg: Config, split: str) -> dict[str, str]:
+    """What pycocotools computes on a split (``'bbox'``, ``'segm'``, ...) -> the annotation file of the evaluator."""
+    found: dict[str, str] = {}
     for _, metric in _entries(cfg, f'{split}_evaluator'):
         if type_name(metric) == 'CocoMetric' and metric.get('ann_file') and not metric.get('format_only'):
             kinds = metric.get('metric', 'bbox')
-            wanted |= {kinds} if isinstance(kinds, str) else set(kinds)
-    return wanted
+            found |= dict.fromkeys([kinds] if isinstance(kinds, str) else kinds, metric['ann_file'])
+    return found
 
 
 def type_name(entry: Any) -> str:
