@@ -203,9 +203,9 @@ def judge_coco(
             text = f'{len(content.annotation_ids)} annotations, {len(content.images)} images'
             yield Finding('no-usable-annotation', content.path, text)
         learned = {content.ids[1][index] for index in set(content.category_index[kept].tolist())}
-        names = {name: category in learned for category, name in content.categories}
-        for name in classes if learned else ():
-            if not names.get(name, True):
+        found = {name for category, name in content.categories if category in learned}
+        for name in dict(content.categories).values() if learned else ():
+            if name in classes and name not in found:
                 yield Finding('class-without-samples', content.path, name)
         annotated = content.reported.union(content.image_index.tolist())
         for index, image in content.images.items():
