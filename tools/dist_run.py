@@ -10,14 +10,16 @@ Environment variables for several machines, as in OpenMMLab: NNODES (default 1),
     NNODES=1:4       run on the available machines, whose number may change within these bounds; needs --resume and no
                      NODE_RANK; MAX_RESTARTS is then 3 by default
 
-The exit status is that of the process that failed first, or 75 if SIGTERM ended a training that saved its state.
-torchrun's own traceback is not shown, because the process has printed its error.
+The exit status is that of the process that failed first, or 75 if SIGTERM ended a training that saved its state or had
+nothing to save. When this process is killed, the processes of the tool get SIGTERM. torchrun's own traceback is not
+shown, because the process has printed its error.
 """
 
 import contextlib
 import logging
 import os
 import re
+import runpy
 import signal
 import socket
 import struct
@@ -30,8 +32,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-# Exit statuses of vheat_mm.apis.errors and vheat_mm.utils.errors; without torch those cannot be imported.
-USER_ERROR, REQUEUE = 2, 75
+PROCESS = runpy.run_path(str(Path(__file__).resolve().parents[1] / 'vheat_mm' / 'utils' / 'process.py'))
+REQUEUE = PROCESS['REQUEUE']
+USER_ERROR = 2  # of vheat_mm.apis.errors, which needs torch
 SIOCGIFADDR = 0x8915  # of netdevice(7)
 SECONDS_TO_SAVE = 600  # after SIGTERM; a scheduler may send SIGKILL before
 
@@ -155,11 +158,11 @@ def share_cores(processes: int) -> None:
     os.environ.setdefault('MKL_NUM_THREADS', os.environ['OMP_NUM_THREADS'])
 
 
-def run(options: list[str]) -> int:
+def run(options: list[str], training: bool) -> int:
     """Run torchrun; returns the exit status."""
     try:
         from torch.distributed import run as torchrun
-        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing import api
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     except ModuleNotFoundError as error:
         remedy = 'activate the environment, or set PYTHON to its interpreter: PYTHON=.venv/bin/python'
@@ -169,37 +172,51 @@ def run(options: list[str]) -> int:
     if hasattr(args, 'shutdown_timeout'):  # PyTorch >= 2.11 or so; 30 seconds in earlier versions
         args.shutdown_timeout = SECONDS_TO_SAVE
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)
+    handle_signal = api._terminate_process_handler
+
+    def handle_once(number: int, frame: object) -> None:
+        if number == signal.SIGTERM:  # a second one would end torchrun's wait for the processes, which save their state
+            signal.signal(number, signal.SIG_IGN)
+        handle_signal(number, frame)
+
+    api._terminate_process_handler = handle_once
     with tempfile.TemporaryDirectory() as folder:
         note = Path(folder) / 'stopped'
-        os.environ.update(VHEAT_STOP_NOTE=str(note), VHEAT_RUN_STARTED=str(time.time()))
+        started = str(time.time())
+        os.environ.update(VHEAT_STOP_NOTE=str(note), VHEAT_RUN_STARTED=started, VHEAT_LAUNCHER=str(os.getpid()))
+        if training:
+            note.touch()
         try:
             torchrun.run(args)
         except ChildFailedError as error:
-            return status_of(*error.get_first_failure())
-        except SignalException as error:
-            if note.exists():
-                return REQUEUE
-            print(f'ended by {error.sigval.name}', file=sys.stderr)
-            return 128 + error.sigval
-    return 0
+            status = status_of(*error.get_first_failure())
+        except api.SignalException as error:
+            status = 128 + error.sigval
+            if note.exists() and error.sigval == signal.SIGTERM:
+                status = REQUEUE
+            else:
+                print(f'ended by {error.sigval.name}', file=sys.stderr)
+        else:
+            return 0
+        if status == REQUEUE and note.exists() and not note.read_text(encoding='utf-8'):
+            print(f'ended by SIGTERM {PROCESS["NOTHING_TO_SAVE"]}', file=sys.stderr)
+        return status
 
 
 def status_of(rank: int, failure: 'ProcessFailure') -> int:
     """Exit status for the process that failed first; prints an error if the process could not."""
-    if failure.exitcode in (USER_ERROR, REQUEUE):
+    if failure.exitcode >= 0:
         return failure.exitcode
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        hint = '; the machine may have run out of memory' if name == 'SIGKILL' else ''
-        print(f'error: process {rank} was ended by {name}{hint}', file=sys.stderr)
-        return 128 - failure.exitcode
-    print(f'error: process {rank} failed with status {failure.exitcode}', file=sys.stderr)
-    return failure.exitcode
+    name = signal.Signals(-failure.exitcode).name
+    hint = '; the machine may have run out of memory' if name == 'SIGKILL' else ''
+    print(f'error: process {rank} was ended by {name}{hint}', file=sys.stderr)
+    return 128 - failure.exitcode
 
 
 def main() -> int:
     """Read the command line and the environment; returns the exit status."""
     tool, *arguments = sys.argv[1:]
+    PROCESS['prepare_start'](training=tool == 'train')
     names = ['CONFIG', 'GPUS'] if tool == 'train' else ['CONFIG', 'CHECKPOINT', 'GPUS']
     place = len(names) - 1
     if len(arguments) <= place or not re.fullmatch('[1-9][0-9]*', arguments[place]):
@@ -214,7 +231,7 @@ def main() -> int:
         print(f'error: {error}', file=sys.stderr)
         return USER_ERROR
     share_cores(processes)
-    return run([*options, *command])
+    return run([*options, *command], training=tool == 'train')
 
 
 if __name__ == '__main__':

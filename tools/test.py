@@ -1,11 +1,15 @@
 """Test a detector, segmentor or classifier: python tools/test.py CONFIG CHECKPOINT [--help]."""
 
+import runpy
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # if the package is not installed
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # if the package is not installed
+# Signals are handled from now on, while torch is imported.
+runpy.run_path(str(ROOT / 'vheat_mm' / 'utils' / 'process.py'))['prepare_start'](training=False)
 
-from vheat_mm.apis.train_test import exit_process, run_testing
+from vheat_mm.apis.train_test import exit_process, run_testing  # noqa: E402
 
 if __name__ == '__main__':
     exit_process(run_testing())

@@ -1,11 +1,15 @@
 """Train a detector, segmentor or classifier: python tools/train.py CONFIG [--help]."""
 
+import runpy
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # if the package is not installed
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # if the package is not installed
+# Signals are handled from now on, while torch is imported.
+runpy.run_path(str(ROOT / 'vheat_mm' / 'utils' / 'process.py'))['prepare_start'](training=True)
 
-from vheat_mm.apis.train_test import exit_process, run_training
+from vheat_mm.apis.train_test import exit_process, run_training  # noqa: E402
 
 if __name__ == '__main__':
     exit_process(run_training())

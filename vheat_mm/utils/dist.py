@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -18,22 +17,6 @@ def any_rank(value: bool) -> bool:
     flag = torch.tensor(int(value))
     all_reduce(flag, op='max')
     return bool(flag)
-
-
-def process_rank() -> int:
-    """Rank of this process from the launcher's environment variables, 0 without a launcher."""
-    for name in ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'):
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0
-
-
-def process_count() -> int:
-    """Number of processes from the launcher's environment variables, 1 without a launcher."""
-    for name in ('WORLD_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'):
-        if name in os.environ:
-            return int(os.environ[name])
-    return 1
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 
-REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+from vheat_mm.utils.process import REQUEUE
 
 
 class VHeatError(Exception):

@@ -19,8 +19,7 @@ from vheat_mm.engine.hooks.atomic_checkpoint_hook import AtomicCheckpointHook
 from vheat_mm.engine.runner.data_loading import WorkerInit, train_loader
 from vheat_mm.utils.dist import any_rank
 from vheat_mm.utils.errors import StopRequested
-
-STOP_NOTE = 'VHEAT_STOP_NOTE'  # file in which the launcher finds that training has saved
+from vheat_mm.utils.process import STOP_NOTE, exit_before_training, exit_on_signals
 
 
 @HOOKS.register_module()
@@ -29,6 +28,7 @@ class StopSignalHook(Hook):
 
     All processes exit after the same iteration, even if only one receives the signal. A validation is finished first,
     but the training state is saved at once, because SIGKILL may follow before the end. Further signals are ignored.
+    The tools handle SIGTERM from their first line on: before the first iteration, it gives status 75, too.
 
     Args:
         signals: Names of the signals; with Slurm's ``--signal=USR1@120`` add ``'SIGUSR1'``.
@@ -47,6 +47,8 @@ class StopSignalHook(Hook):
         self._received: str | None = None
         self._saved: str | None = None
         self._previous: dict[int, Any] = {}
+        if signal.getsignal(signal.SIGTERM) is exit_before_training:  # within the tools: from now on, all of them
+            exit_on_signals(self.signals)
 
     def before_train(self, runner: Runner) -> None:
         """Install the signal handlers; data-loader workers ignore the signals."""
@@ -54,6 +56,8 @@ class StopSignalHook(Hook):
             runner.logger.warning('StopSignalHook is inactive: signals can be handled in the main thread only')
             return
         self._previous = {number: signal.signal(number, self._receive) for number in self.signals}
+        if note := os.environ.get(STOP_NOTE):
+            Path(note).unlink(missing_ok=True)  # from now on, stopping loses iterations until they are saved
         validation = [runner.val_dataloader] if runner.val_loop is not None else []
         for loader in (train_loader(runner), *validation):
             loader.worker_init_fn = WorkerInit(loader.worker_init_fn)
@@ -87,9 +91,9 @@ class StopSignalHook(Hook):
             self._stop(runner, runner.iter)
 
     def after_train(self, runner: Runner) -> None:
-        """Restore the previous signal handlers."""
+        """Restore the previous signal handlers; in the tools, ignore the signals, because all is saved."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if handler is exit_before_training else handler)
         self._previous = {}
 
     def _save(self, runner: Runner, finished_iterations: int) -> None:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from vheat_mm.engine.runner.resumable_sampler import Fetch
 from vheat_mm.utils.errors import AnnotationError, BrokenSampleError
+from vheat_mm.utils.process import end_with_parent
 
 
 class Ledger:
@@ -205,14 +206,15 @@ class WorkerInit:
     """Initialises a worker that ends on SIGTERM only if its parent process sends it.
 
     A cluster sends SIGTERM to all processes of a job. Workers that end on it take the training with them before it
-    can save its state.
+    can save its state. A worker whose parent was killed is killed, too.
     """
 
     def __init__(self, init: Callable[[int], None] | None) -> None:
-        self._init = init
+        self._init, self._parent = init, os.getpid()
 
     def __call__(self, worker_id: int) -> None:
         """Called by PyTorch in the worker."""
+        end_with_parent(signal.SIGKILL, self._parent)
         if self._init is not None:
             self._init(worker_id)
         if hasattr(signal, 'sigwaitinfo'):  # tells the sender; not on macOS
