@@ -82,10 +82,12 @@ def test_classifier_test(classifier):
     checkpoint = 'work_dirs/classification/epoch_2.pth'
     test = (run_testing, 'classification.py', checkpoint)
     call(*test, '--out', 'plain.pkl', '--show-dir', 'pic', cwd=classifier)
-    call(*test, '--out', 'tta.pkl', '--tta', cwd=classifier)
+    call(*test, '--out', 'tta.pkl', '--tta', '--show-dir', 'tta_pic', cwd=classifier)
+    assert len(list((classifier / 'tta_pic').rglob('*.png'))) == 6
     plain, tta = (pickle.loads((classifier / f'{name}.pkl').read_bytes()) for name in ('plain', 'tta'))
     assert len(plain) == len(tta) == 6
-    assert len(list((classifier / 'pic').iterdir())) == 6
+    names = sorted(str(path.relative_to(classifier / 'pic')) for path in (classifier / 'pic').rglob('*.png'))
+    assert names == ['box/0.png', 'box/2.png', 'box/4.png', 'disc/1.png', 'disc/3.png', 'disc/5.png']
     # the EMAHook of the config must not replace the weights in a test
     call(*test, '--out', 'bare.pkl', '--tta', '--cfg-options', 'custom_hooks=[]', cwd=classifier)
     for ours, expected in zip(tta, pickle.loads((classifier / 'bare.pkl').read_bytes()), strict=True):

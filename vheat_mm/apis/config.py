@@ -6,27 +6,20 @@ import argparse
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 
+from vheat_mm.apis.cfg_options import CfgOptionsAction, check_keys
 from vheat_mm.checkpoint.resume import find_newest, peek
+from vheat_mm.utils.config_place import type_name
 from vheat_mm.utils.errors import ToolError, describe
 from vheat_mm.utils.torchvision import ensure_torchvision
 
 RUN_STARTED = 'VHEAT_RUN_STARTED'  # seconds since the epoch, set by tools/dist_run.py
 SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}  # default_scope -> name on PyPI
-
-
-class CheckedDictAction(DictAction):
-    """MMEngine's ``KEY=VALUE`` options; a value without ``=`` is a usage error."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        for value in values or ():
-            if '=' not in value:
-                parser.error(f'{option_string}: expected KEY=VALUE, got {value!r}')
-        super().__call__(parser, namespace, values, option_string)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -47,10 +40,10 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=CheckedDictAction,
+        action=CfgOptionsAction,
         metavar='KEY=VALUE',
         help='override entries of the config: model.backbone.drop_path_rate=0.2; lists as key="[a,b]" or key=a,b, '
-        'nested ones as key="[(a,b),(c,d)]", quoted and without blanks',
+        'nested ones as key="[(a,b),(c,d)]", quoted and without blanks; dicts as key="dict(lr=1,x=2)"',
     )
 
 
@@ -70,6 +63,7 @@ def read_config(args: argparse.Namespace) -> Config:
     except Exception as error:
         raise ToolError(f'cannot read the config {args.config!r}: {describe(error)}') from error
     if args.cfg_options:
+        check_keys(cfg, args.cfg_options)
         try:
             cfg.merge_from_dict(args.cfg_options)
         except Exception as error:
@@ -78,6 +72,8 @@ def read_config(args: argparse.Namespace) -> Config:
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / path.stem)
 
     scope = cfg.get('default_scope')
+    if scope is None:  # configs in pure Python name classes instead of a scope
+        scope = cfg.default_scope = next((name for name in SCOPES if name == _package_of(cfg.get('model'))), None)
     if scope not in SCOPES:
         raise ToolError(
             f'{args.config!r} has default_scope={scope!r}, expected one of {sorted(SCOPES)}; inherit a base config of '
@@ -89,6 +85,12 @@ def read_config(args: argparse.Namespace) -> Config:
         raise ToolError(f'{args.config!r} needs {scope}, which is not installed: pip install {SCOPES[scope]}')
     init_default_scope(scope)
     return cfg
+
+
+def _package_of(model: Any) -> str:
+    """Package of the model's class, where the config holds the class."""
+    kind = model.get('type') if isinstance(model, dict) else None
+    return getattr(kind, '__module__', '').split('.')[0]
 
 
 def apply_randomness(cfg: Config, seed: int | None, deterministic: bool) -> None:
@@ -153,7 +155,7 @@ def apply_amp(cfg: Config) -> None:
         ToolError: The config uses another optimizer wrapper; detection on the CPU.
     """
     wrapper = cfg.optim_wrapper
-    kind = wrapper.get('type', 'OptimWrapper')
+    kind = type_name(wrapper) or 'OptimWrapper'
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise ToolError(f'--amp replaces OptimWrapper only, and optim_wrapper.type is {kind!r}: drop --amp')
     if get_device() == 'cpu':

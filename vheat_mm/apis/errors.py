@@ -1,22 +1,25 @@
-"""Errors of the command-line tools as one message instead of a traceback."""
+"""Errors of the command-line tools: the last line on stderr says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 
 from vheat_mm.engine.hooks import SetupEndHook
-from vheat_mm.utils.dist import process_count, process_rank
-from vheat_mm.utils.errors import REQUEUE, USER_ERRORS, StopRequested, describe
+from vheat_mm.utils.config_place import explain
+from vheat_mm.utils.errors import REQUEUE, USER_ERRORS, StopRequested, VHeatError, describe
+from vheat_mm.utils.process import INTERRUPTED, process_count, process_rank
 
 SHOW_TRACEBACK = 'VHEAT_TRACEBACK'
 # Exit statuses of a run that ended with a message; Python's own status after a traceback is 1.
-USER_ERROR = 2
-INTERRUPTED = 130
+USER_ERROR, UNKNOWN_ERROR = 2, 1
+LONGEST = 800  # characters of an error of another package, which may hold the whole config
 
 # Errors of a process whose peer has exited.
 _LOST_PEER = re.compile(r'gloo|nccl|connection (closed|reset)|tcpstore|broken pipe|process group', re.IGNORECASE)
@@ -25,15 +28,16 @@ _LOST_PEER = re.compile(r'gloo|nccl|connection (closed|reset)|tcpstore|broken pi
 def run_reporting_errors(body: Callable[[SetupEndHook], None]) -> int:
     """Run ``body`` and print its errors as messages on stderr.
 
+    Of several processes one prints. After set-up, an error that the user cannot fix is printed with its traceback.
+
     Args:
         body: The tool. It registers the hook that it receives with its runner.
 
     Returns:
         The exit status.
-
-    Raises:
-        Exception: After set-up, one of a type that the user cannot fix.
     """
+    if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # instead of that of utils.process.prepare_start
     phase = SetupEndHook()
     try:
         body(phase)
@@ -48,14 +52,25 @@ def run_reporting_errors(body: Callable[[SetupEndHook], None]) -> int:
     except Exception as error:
         _wait_for_rank0_error(error)
         known = isinstance(error, USER_ERRORS)
-        if phase.finished and not known:
-            raise
-        if os.environ.get(SHOW_TRACEBACK) == '1':
+        bug = phase.finished and not known
+        sys.stdout.flush()  # in a common log file, the message comes last
+        if bug or os.environ.get(SHOW_TRACEBACK) == '1':
             traceback.print_exc()
-        hint = '' if known else f'\n(set {SHOW_TRACEBACK}=1 to see where it comes from)'
-        print(f'error: {describe(error)}{hint}', file=sys.stderr, flush=True)
-        return USER_ERROR
+        hint = '' if known or bug else f' ({SHOW_TRACEBACK}=1 shows where it comes from)'
+        print(f'error: {_message(error)}{hint}', file=sys.stderr, flush=True)
+        return UNKNOWN_ERROR if bug else USER_ERROR
     return 0
+
+
+def _message(error: Exception) -> str:
+    """The message in one line, after the place in the config from which it comes."""
+    if isinstance(error, VHeatError):
+        return describe(error)
+    place, message = explain(error)
+    message = ' '.join((message or describe(error)).split())
+    if len(message) > LONGEST:
+        message = f'{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}'
+    return f'{place}: {message}' if place else message
 
 
 def _wait_for_rank0_error(error: Exception) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -26,9 +27,10 @@ from vheat_mm.engine.runner.build import (
     remove_hook,
     set_dataloader_defaults,
 )
-from vheat_mm.engine.runner.distributed import exit_process, tear_down_processes, visualize_on_all_ranks
+from vheat_mm.engine.runner.distributed import exit_process, tear_down_processes
 from vheat_mm.engine.runner.environment import log_environment
 from vheat_mm.utils.errors import ToolError
+from vheat_mm.utils.process import exit_on_signals
 
 __all__ = ['exit_process', 'run_testing', 'run_training']
 
@@ -79,7 +81,13 @@ def run_training(argv: Sequence[str] | None = None) -> int:
         runner.train()
         tear_down_processes()
 
-    return run_reporting_errors(body)
+    before = signal.getsignal(signal.SIGTERM)
+    exit_on_signals()
+    try:
+        return run_reporting_errors(body)
+    finally:
+        if before in (signal.SIG_DFL, signal.SIG_IGN) and signal.getsignal(signal.SIGTERM) != before:
+            signal.signal(signal.SIGTERM, before)  # not within tools/train.py, which exits now
 
 
 def run_testing(argv: Sequence[str] | None = None) -> int:
@@ -111,10 +119,9 @@ def run_testing(argv: Sequence[str] | None = None) -> int:
         if args.out:
             apply_out(cfg, args.out)
         if args.show or args.show_dir:
-            apply_show(cfg, args.show, args.show_dir, args.wait_time, args.tta)
+            apply_show(cfg, args.show, args.show_dir, args.wait_time)
         set_dataloader_defaults(cfg)
         runner = build_runner(cfg, [], phase)
-        visualize_on_all_ranks(runner)
         runner.test()
         tear_down_processes()
 

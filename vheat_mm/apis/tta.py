@@ -6,7 +6,7 @@ import copy
 
 from mmengine.config import Config, ConfigDict
 
-from vheat_mm.engine.runner.build import is_type
+from vheat_mm.utils.config_place import is_type, type_name
 from vheat_mm.utils.errors import ToolError
 
 FLIPS = (dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0))
@@ -34,7 +34,7 @@ def apply_tta(cfg: Config) -> None:
         dataset = dataset.dataset
     if 'pipeline' not in dataset:
         raise ToolError(
-            f'--tta: test_dataloader.dataset is a {dataset.get("type")} without a pipeline of its own, '
+            f'--tta: test_dataloader.dataset is a {type_name(dataset)} without a pipeline of its own, '
             'which augmentation would replace: test its data sets one by one'
         )
     if not cfg.get('tta_pipeline'):
@@ -59,7 +59,7 @@ def predicts_masks(node: object) -> bool:
     if not isinstance(node, dict):
         return False
     heads = ('mask_head', 'panoptic_head', 'panoptic_fusion_head')
-    named = any(node.get(name) is not None for name in heads) or 'RTMDetIns' in str(node.get('type'))
+    named = any(node.get(name) is not None for name in heads) or type_name(node).startswith('RTMDetIns')
     return named or any(map(predicts_masks, node.values()))
 
 

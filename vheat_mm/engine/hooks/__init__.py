@@ -7,6 +7,8 @@
 - :class:`StopSignalHook`: SIGTERM saves and exits with a status on which a scheduler restarts the job.
 - :class:`NonFiniteGuardHook`: steps with a NaN or infinite loss or gradient are skipped.
 - :class:`SkipBrokenSamplesHook`: images and annotations that cannot be loaded are skipped and logged.
+- :class:`UnusedParametersHook`: outputs that no head reads do not end a distributed training.
+- :class:`WritePredictionsHook`: predictions of a test as images and label maps; of ``tools/test.py``.
 - :class:`SetupEndHook`: records that set-up is over.
 - :class:`CompileBackboneHook`: ``torch.compile`` for the backbone only; for a config's ``custom_hooks``.
 """
@@ -20,6 +22,8 @@ from vheat_mm.engine.hooks.reproducible_hook import ReproducibleHook
 from vheat_mm.engine.hooks.setup_end_hook import SetupEndHook
 from vheat_mm.engine.hooks.skip_broken_samples_hook import SkipBrokenSamplesHook
 from vheat_mm.engine.hooks.stop_signal_hook import StopSignalHook
+from vheat_mm.engine.hooks.unused_parameters_hook import UnusedParametersHook
+from vheat_mm.engine.hooks.write_predictions_hook import WritePredictionsHook
 from vheat_mm.utils.errors import AnnotationError, NonFiniteError, StopRequested
 
 __all__ = [
@@ -35,4 +39,6 @@ __all__ = [
     'SkipBrokenSamplesHook',
     'StopRequested',
     'StopSignalHook',
+    'UnusedParametersHook',
+    'WritePredictionsHook',
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.hooks import Hook
@@ -11,9 +9,16 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from vheat_mm.engine.runner.distributed import set_up_processes
+from vheat_mm.utils.config_place import is_type
 from vheat_mm.utils.errors import ToolError
 
-FAULT_TOLERANCE_HOOKS = ('ReproducibleHook', 'StopSignalHook', 'NonFiniteGuardHook', 'SkipBrokenSamplesHook')
+FAULT_TOLERANCE_HOOKS = (
+    'ReproducibleHook',
+    'StopSignalHook',
+    'NonFiniteGuardHook',
+    'SkipBrokenSamplesHook',
+    'UnusedParametersHook',
+)
 
 
 def build_runner(cfg: Config, notes: list[str], hook: Hook) -> Runner:
@@ -31,12 +36,6 @@ def build_runner(cfg: Config, notes: list[str], hook: Hook) -> Runner:
     for note in notes:
         runner.logger.info(note)
     return runner
-
-
-def is_type(part: Any, name: str) -> bool:
-    """Whether a part of a config has that type, given as a name (with or without scope or module) or a class."""
-    kind = part.get('type') if isinstance(part, dict) else type(part)
-    return (kind if isinstance(kind, str) else getattr(kind, '__name__', '')).split('.')[-1] == name
 
 
 def add_hook(cfg: Config, name: str) -> None:

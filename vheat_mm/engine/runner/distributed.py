@@ -7,23 +7,20 @@ import datetime
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
-from unittest import mock
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.runner import Runner
 
-from vheat_mm.utils.dist import process_count
+from vheat_mm.utils.config_place import type_name
 from vheat_mm.utils.errors import ToolError
+from vheat_mm.utils.process import process_count
 
 _gloo_used = False
 
 SYNC_BN = {'SyncBN', 'MMSyncBN', 'SyncBatchNorm'}
-VISUALIZATION_HOOKS = {'DetVisualizationHook', 'SegVisualizationHook', 'VisualizationHook'}
 # Launcher -> its variables for RANK, WORLD_SIZE, LOCAL_RANK, and what starts the processes.
 LAUNCHERS = dict(
     pytorch=(('RANK', 'WORLD_SIZE', 'LOCAL_RANK'), 'tools/dist_*.sh'),
@@ -107,28 +104,10 @@ def replace_sync_bn(node: object) -> int:
     if not isinstance(node, dict):
         return 0
     count = sum(map(replace_sync_bn, node.values()))
-    if isinstance(node.get('type'), str) and node['type'].split('.')[-1] in SYNC_BN:
+    if type_name(node) in SYNC_BN:
         node['type'] = 'BN'
         count += 1
     return count
-
-
-def visualize_on_all_ranks(runner: Runner) -> None:
-    """Let each process draw the predictions of its own images; MMEngine's visualizers work on rank 0 only."""
-
-    def on_this_rank(draw: Callable) -> Callable:
-        def wrapper(*args: Any, **kwargs: Any) -> None:
-            # ``mmengine.dist.master_only``, the visualizers' decorator, calls this function.
-            with mock.patch('mmengine.dist.utils.is_main_process', return_value=True):
-                if runner.visualizer.dataset_meta is None:  # MMEngine sets it on rank 0 only
-                    runner.visualizer.dataset_meta = runner.test_dataloader.dataset.metainfo
-                draw(*args, **kwargs)
-
-        return wrapper
-
-    for hook in runner.hooks:
-        if type(hook).__name__ in VISUALIZATION_HOOKS and dist.is_initialized():
-            hook.after_test_iter = on_this_rank(hook.after_test_iter)
 
 
 def _read_environment(launcher: str) -> None:
