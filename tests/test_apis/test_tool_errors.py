@@ -40,6 +40,11 @@ from vheat_mm.apis.train_test import run_testing, run_training
         (['load_from=none.pth'], ["'none.pth'"]),
         (['default_scope=mmfoo'], ['mmfoo', 'mmdet']),
         (['optim_wrapper=None'], ['optim_wrapper']),
+        (['default_hooks.logger=dict(_delete_=True,interval=50)'], ['default_hooks.logger: there is no type in']),
+        (['optim_wrapper.optimizer.type=AdamX'], ['optim_wrapper.optimizer: ', "type='AdamX'", "'Adam"]),
+        (['model.roi_head.bbox_head.num_clases=2'], ['model.roi_head.bbox_head: ', "did you mean 'num_classes'"]),
+        (["custom_hooks=[dict(type='Foo')]"], ["custom_hooks.0: type='Foo'", 'custom_imports']),
+        (['train_dataloader.dataset.pipeline.3.probb=1'], ['train_dataloader.dataset.pipeline.3: ', "'prob'"]),
     ],
 )
 def test_bad_settings(tmp_path, data, monkeypatch, capfd, options, words):
@@ -47,6 +52,7 @@ def test_bad_settings(tmp_path, data, monkeypatch, capfd, options, words):
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path, 'detection', data)
     message = call_failing(capfd, run_training, 'detection.py', '--cfg-options', *options)
+    assert message.count('\n') == 1  # one line, the last on stderr
     for word in words:
         assert word in message
 
