@@ -66,7 +66,7 @@ def test_bad_category_id(tmp_path, data, monkeypatch, capfd):
     write_config(tmp_path, 'detection', data)
     option = f'train_dataloader.dataset.ann_file={tmp_path}/bad.json'
     message = call_failing(capfd, run_training, 'detection.py', '--cfg-options', option)
-    assert 'annotation 5 of image 2 has category_id=9' in message
+    assert 'bad.json, image 2, annotation 5: category_id 9 ' in message
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,8 @@ from mmengine.registry import init_default_scope
 from vheat_mm.datasets.checks import masks
 from vheat_mm.datasets.checks.check import check_labels
 from vheat_mm.datasets.checks.coco import judge_coco, read_coco
-from vheat_mm.datasets.checks.coco_labels import check_coco_file
 from vheat_mm.datasets.checks.kinds import KINDS
 from vheat_mm.datasets.checks.report import Report
-from vheat_mm.utils.errors import AnnotationError
 
 ANNOTATIONS = {name: kinds for name, (_, kinds) in corrupt_data.ANNOTATION_FAULTS.items()} | {'good': set()}
 
@@ -179,44 +177,3 @@ def test_run_lengths_are_those_of_pycocotools():
         expected = runs if flat[0] == 0 else [0, *runs]
         rle = coder.encode(np.asfortranarray(mask.astype(np.uint8)))
         assert masks.run_lengths(rle['counts'].decode()) == expected
-
-
-# --- the check at the start of training
-
-
-@pytest.mark.parametrize(
-    ('classes', 'category', 'word'),
-    [
-        (('nut', 'bolt'), 7, None),
-        (('nut',), 7, None),  # a subset of the categories, as mmdet allows
-        (('nut', 'bolt'), 9, 'category_id=9'),
-        (('bolt', 'nut'), 7, 'order'),
-        (('nut', 'Bolt'), 7, 'lack .Bolt'),
-    ],
-)
-def test_start_up_check_of_categories(tmp_path, classes, category, word):
-    path = tmp_path / 'coco.json'
-    categories = [dict(id=3, name='nut'), dict(id=7, name='bolt')]
-    annotations = [dict(id=1, image_id=1, category_id=3), dict(id=2, image_id=1, category_id=category)]
-    path.write_text(json.dumps(dict(categories=categories, annotations=annotations)))
-    if word is None:
-        check_coco_file(str(path), classes)
-    else:
-        with pytest.raises(AnnotationError, match=f'coco.json: .*{word}'):
-            check_coco_file(str(path), classes)
-
-
-@pytest.mark.parametrize(
-    ('polygon', 'word'),
-    [([[1, 2, float('nan'), 4, 5, 6]], 'nan in its segmentation'), ([[1, 2, -float('inf'), 4, 5, 6]], 'inf in its')],
-)
-def test_start_up_check_finds_nan(tmp_path, polygon, word):
-    path = tmp_path / 'coco.json'
-    good = dict(id=1, image_id=1, category_id=3, segmentation=[[1, 2, 3, 4, 5, 6]])
-    bad = dict(good, id=7, image_id=4, segmentation=polygon)
-    path.write_text(json.dumps(dict(categories=[dict(id=3, name='cat')], annotations=[good, bad])))
-    with pytest.raises(AnnotationError, match=f'coco.json: annotation 7 of image 4 has {word}'):
-        check_coco_file(str(path), ('cat',))
-    path.write_text(json.dumps(dict(images=[{}, dict(height=polygon)])))
-    with pytest.raises(AnnotationError, match=r'coco.json: images\[1\] holds (NaN|-Infinity)'):
-        check_coco_file(str(path), ('cat',))

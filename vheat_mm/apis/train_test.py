@@ -20,6 +20,7 @@ from vheat_mm.apis.outputs import apply_out, apply_show
 from vheat_mm.apis.tta import apply_tta
 from vheat_mm.engine import fileio
 from vheat_mm.engine.hooks import SetupEndHook
+from vheat_mm.engine.hooks.annotation_check_hook import check_annotations
 from vheat_mm.engine.runner.build import (
     add_fault_tolerance_hooks,
     add_hook,
@@ -78,6 +79,7 @@ def run_training(argv: Sequence[str] | None = None) -> int:
         add_fault_tolerance_hooks(cfg)
         runner = build_runner(cfg, notes, phase)
         log_environment(runner, sys.argv if argv is None else list(argv))
+        check_annotations(runner, ['train', *(['val'] if cfg.get('val_cfg') else [])])
         runner.train()
         tear_down_processes()
 
@@ -122,6 +124,7 @@ def run_testing(argv: Sequence[str] | None = None) -> int:
             apply_show(cfg, args.show, args.show_dir, args.wait_time)
         set_dataloader_defaults(cfg)
         runner = build_runner(cfg, [], phase)
+        check_annotations(runner, ['test'])
         runner.test()
         tear_down_processes()
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vheat_mm.datasets.checks.kinds import KINDS, Severity
+from vheat_mm.utils.text import first_line
 
 # Findings of a kind that are kept: a file whose every box is wrong would have a million.
 KEPT = 10_000
+_LONGEST = 300  # characters of a path or a value; names in files may hold anything
 
 
 class Finding(NamedTuple):
@@ -31,12 +33,12 @@ class Finding(NamedTuple):
     annotation_id: Any = None
 
     def __str__(self) -> str:
-        place = [self.path]
+        place = [first_line(self.path, _LONGEST)]
         if self.image_id is not None:
-            place.append(f'image {self.image_id}')
+            place.append(f'image {first_line(self.image_id)}')
         if self.annotation_id is not None:
-            place.append(f'annotation {self.annotation_id}')
-        return ', '.join(place) + (f': {self.value}' if self.value else '')
+            place.append(f'annotation {first_line(self.annotation_id)}')
+        return ', '.join(place) + (f': {first_line(self.value, _LONGEST)}' if self.value else '')
 
 
 @dataclass

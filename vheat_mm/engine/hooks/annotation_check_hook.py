@@ -1,19 +1,23 @@
-"""Compare annotations with the model, and name the file, the label and the remedy where they do not match."""
+"""Check annotations at the start, and labels against the model; name the file, the label and the remedy."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from mmengine.dist import get_rank
+from mmengine.config import Config
+from mmengine.dist import broadcast_object_list, get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from vheat_mm.datasets.checks.coco_labels import check_coco_file
+from vheat_mm.datasets.checks.check import check_labels
+from vheat_mm.datasets.checks.kinds import KINDS, Severity
+from vheat_mm.datasets.checks.report import Report
 from vheat_mm.utils.dist import unwrap
 from vheat_mm.utils.errors import AnnotationError
 
@@ -41,26 +45,79 @@ class Head(NamedTuple):
 
 @HOOKS.register_module()
 class AnnotationCheckHook(Hook):
-    """Check labels against the heads' ``num_classes``, and COCO files against the configured class names.
+    """Check annotation files at the start, and the labels of each batch against the heads' ``num_classes``.
 
-    Without it a label out of range is an index error deep in a loss (on a GPU, a device-side assertion), and the
-    following COCO mistakes pass unnoticed: mmdet skips annotations of unknown categories, and numbers the classes in
-    the order of the file whatever the order in ``metainfo``.
+    The first part is that of ``tools/misc/check_dataset.py``, without decoding images. ``tools/train.py`` and
+    ``tools/test.py`` run it before they build the data sets, whose own readers may hang or stop without naming a file;
+    elsewhere it runs before the first iteration. Rank 0 reads the files. An error ends the run, warnings are counted
+    in the log.
+
+    Args:
+        files: Whether to check annotation files.
+        allow: Kinds of findings (``docs/data_checks.md``) that do not end the run.
 
     Raises:
-        AnnotationError: At the start of training or testing, or at the first batch that holds such a label.
+        ValueError: ``allow`` holds an unknown kind.
+        AnnotationError: At the start, or at the first batch that holds a label out of range.
     """
 
+    def __init__(self, files: bool = True, allow: Sequence[str] = ()) -> None:
+        if unknown := [kind for kind in allow if kind not in KINDS]:
+            raise ValueError(f'AnnotationCheckHook: allow={unknown} are no kinds of findings; see docs/data_checks.md')
+        self._allow = tuple(allow)
+        self._checked: set[str] = set() if files else {'train', 'val', 'test'}
+
+    def check_files(self, runner: Runner, splits: Iterable[str]) -> None:
+        """Check the annotation files of a runner's data sets, once for each split.
+
+        Args:
+            runner: Its data sets need not be built. Those that are no part of its config are not checked.
+            splits: Of ``'train'``, ``'val'``, ``'test'``.
+
+        Raises:
+            AnnotationError: On all ranks, if a file has an error.
+            ToolError: A data set cannot be built.
+        """
+        splits = [name for name in splits if name not in self._checked and _has_dataset(runner.cfg, name)]
+        self._checked.update(splits)
+        if not splits:
+            return
+        error: list[Exception | None] = [None]
+        if get_rank() == 0:  # the files are the same for all ranks
+            try:
+                self._report(runner, splits)
+            except Exception as caught:
+                error = [caught]
+        broadcast_object_list(error)
+        if error[0] is not None:
+            raise error[0]
+
+    def _report(self, runner: Runner, splits: list[str]) -> None:
+        started = time.monotonic()
+        report = check_labels(runner.cfg, splits)
+        counts = {kind: count for kind, count in report.counts.items() if kind not in self._allow}
+        errors = [kind for kind in KINDS if kind in counts and KINDS[kind].severity is Severity.ERROR]
+        for kind in KINDS:
+            if kind in report.counts and kind not in errors:
+                runner.logger.warning(_sentence(report, kind))
+        for kind in errors[1:]:
+            runner.logger.error(_sentence(report, kind))
+        runner.logger.info(f'annotations checked in {time.monotonic() - started:.1f} s: {"; ".join(report.checked)}')
+        if errors:
+            raise AnnotationError(
+                f'{_sentence(report, errors[0])}\npython tools/misc/check_dataset.py CONFIG lists all '
+                f'{sum(counts[kind] for kind in errors)} errors. To train in spite of them, set custom_hooks='
+                f'[dict(type="AnnotationCheckHook", allow={errors})]'
+            )
+
     def before_train(self, runner: Runner) -> None:
-        """Check class names and annotation files of the training and validation sets."""
+        """Check the training and validation sets, and the number of class names."""
         check_classes(runner.train_dataloader.dataset, class_heads(unwrap(runner.model)), runner)
-        self._check_files(runner.train_dataloader.dataset)
-        if runner.val_loop is not None:
-            self._check_files(runner.val_dataloader.dataset)
+        self.check_files(runner, ('train', 'val') if runner.val_loop is not None else ('train',))
 
     def before_test(self, runner: Runner) -> None:
-        """Check the annotation files of the test set."""
-        self._check_files(runner.test_dataloader.dataset)
+        """Check the test set."""
+        self.check_files(runner, ('test',))
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Check the labels of a batch, before it goes to the model's device."""
@@ -70,11 +127,24 @@ class AnnotationCheckHook(Hook):
         """Check the labels of a batch."""
         check_batch(data_batch, class_heads(unwrap(runner.model)))
 
-    @staticmethod
-    def _check_files(dataset: Any) -> None:
-        if get_rank() == 0:  # the files are the same for all ranks, and may hold gigabytes
-            for part in coco_datasets(dataset):
-                check_coco_file(part.ann_file, part.metainfo['classes'])
+
+def check_annotations(runner: Runner, splits: Iterable[str]) -> None:
+    """Let a runner's ``AnnotationCheckHook`` check files before the data sets are built."""
+    for hook in runner.hooks:
+        if isinstance(hook, AnnotationCheckHook):
+            hook.check_files(runner, splits)
+
+
+def _has_dataset(cfg: Config, split: str) -> bool:
+    loader = cfg.get(f'{split}_dataloader')
+    return isinstance(loader, dict) and isinstance(loader.get('dataset'), dict)
+
+
+def _sentence(report: Report, kind: str) -> str:
+    """The first finding of a kind, how many there are, and what to do."""
+    about, count = KINDS[kind], report.counts[kind]
+    more = f' ({count} of this kind)' if count > 1 else ''
+    return f'{report.kept[kind][0]}: {about.title} [{kind}]{more}; {about.remedy}'
 
 
 def class_heads(model: nn.Module) -> dict[str, Head]:
@@ -103,17 +173,6 @@ def check_classes(dataset: Any, heads: dict[str, Head], runner: Runner) -> None:
             raise AnnotationError(f'{message}: set both alike')
         if head.num_classes > len(classes):
             runner.logger.warning(f'{message}: the last {head.num_classes - len(classes)} logits are unused')
-
-
-def coco_datasets(dataset: Any) -> Iterator[Any]:
-    """All data sets inside wrappers that mmdet's ``CocoDataset`` reads."""
-    for inner in getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]:
-        if inner is not None:
-            yield from coco_datasets(inner)
-    load = getattr(type(dataset), 'load_data_list', None)
-    # By name: this package can be imported without mmdet.
-    if getattr(load, '__qualname__', '') == 'CocoDataset.load_data_list':
-        yield dataset
 
 
 def check_batch(data_batch: Any, heads: dict[str, Head]) -> None:

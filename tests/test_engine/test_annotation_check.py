@@ -1,0 +1,77 @@
+"""The check of annotation files at the start of training and testing."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import corrupt_data
+import pytest
+from data_checks import DETECTION, dataset
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from vheat_mm.datasets.checks.check import check_datasets
+from vheat_mm.engine.hooks import AnnotationCheckHook
+from vheat_mm.engine.hooks.annotation_check_hook import check_annotations
+from vheat_mm.utils.errors import AnnotationError
+
+
+@pytest.fixture(scope='module')
+def coco(tmp_path_factory) -> dict[str, Path]:
+    return corrupt_data.make_corrupt_coco(tmp_path_factory.mktemp('coco'))
+
+
+@pytest.fixture(autouse=True)
+def _scope(own_scope):
+    pytest.importorskip('mmdet')
+    init_default_scope('mmdet')
+
+
+def make_runner(path: Path, hook: AnnotationCheckHook) -> SimpleNamespace:
+    """What the hook needs of a runner whose data sets are not built yet."""
+    loader = dict(dataset=dataset(DETECTION, path))
+    cfg = Config(dict(model={}, train_dataloader=loader, val_dataloader=loader))
+    return SimpleNamespace(cfg=cfg, logger=logging.getLogger('test'), hooks=[hook])
+
+
+def test_an_error_names_file_and_remedy(coco, caplog):
+    runner = make_runner(coco['box_text'], AnnotationCheckHook())
+    with pytest.raises(AnnotationError, match=r"box_text.json, image 1, annotation 1: bbox \['8', '8'.*write \[x, y"):
+        check_annotations(runner, ['train', 'val'])
+
+
+def test_same_findings_as_the_whole_check(coco, caplog):
+    caplog.set_level(logging.INFO)
+    for name in ('json_cut', 'box_negative_size', 'category_unknown', 'no_annotations', 'box_zero_size'):
+        runner = make_runner(coco[name], AnnotationCheckHook())
+        kinds = set(check_datasets(runner.cfg, ('train',), 1, limit=1).counts)
+        caplog.clear()
+        try:
+            check_annotations(runner, ['train'])
+            said = caplog.text
+        except AnnotationError as error:
+            said = caplog.text + str(error)
+        assert kinds
+        assert all(f'[{kind}]' in said for kind in kinds)
+        assert 'annotations checked in' in caplog.text
+
+
+def test_findings_that_are_allowed(coco, caplog):
+    with pytest.raises(ValueError, match='box-negativ'):
+        AnnotationCheckHook(allow=['box-negativ'])
+    runner = make_runner(coco['box_negative_size'], AnnotationCheckHook(allow=['box-negative']))
+    check_annotations(runner, ['train', 'val'])
+    assert '[box-negative]' in caplog.text
+
+
+def test_files_are_read_once(coco, monkeypatch):
+    calls = []
+    monkeypatch.setattr('vheat_mm.datasets.checks.samples.read_coco', lambda path: calls.append(path) or 1 / 0)
+    runner = make_runner(coco['good'], AnnotationCheckHook())
+    with pytest.raises(ZeroDivisionError):
+        check_annotations(runner, ['train', 'val'])
+    check_annotations(runner, ['train', 'val'])
+    check_annotations(make_runner(coco['good'], AnnotationCheckHook(files=False)), ['train', 'val'])
+    assert len(calls) == 1
