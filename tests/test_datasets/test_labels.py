@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import corrupt_data
 import numpy as np
 import pytest
 from data_checks import CLASSIFICATION, SEGMENTATION, check, dataset
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
 from vheat_mm.datasets.checks import label_maps
 from vheat_mm.datasets.checks.check import check_datasets, check_labels
 from vheat_mm.datasets.checks.report import Report
+from vheat_mm.datasets.checks.voc import read_voc
+from vheat_mm.engine.hooks.annotation_check_hook import Head, check_classes
+from vheat_mm.utils.errors import AnnotationError
 
 
 def at_start(scope: str, splits: tuple[str, ...] = ('train', 'val'), **cfg) -> Report:
@@ -174,3 +178,98 @@ def test_shifted_labels(tmp_path):
     report = at_start('mmseg', train_dataloader=train, val_dataloader=val)
     assert list(report.counts) == ['classes-shifted']
     assert 'train_dataloader.dataset: reduce_zero_label=True' in report.kept['classes-shifted'][0].value
+
+
+# --- Pascal VOC
+
+
+def write_voc(root: Path, *names: str) -> dict:
+    """A data set of one image for each argument, with an object for each of its words."""
+    for kind in ('JPEGImages', 'Annotations'):
+        (root / kind).mkdir(parents=True, exist_ok=True)
+    for number, words in enumerate(names):
+        (root / 'JPEGImages' / f'{number}.jpg').write_bytes(corrupt_data.encode(corrupt_data.picture(), 'JPEG'))
+        box = '<bndbox><xmin>9</xmin><ymin>9</ymin><xmax>40</xmax><ymax>32</ymax></bndbox>'
+        objects = ''.join(f'<object><name>{word}</name>{box}</object>' for word in words.split())
+        size = '<size><width>64</width><height>48</height></size>'
+        (root / 'Annotations' / f'{number}.xml').write_text(f'<annotation>{size}{objects}</annotation>')
+    (root / 'train.txt').write_text('\n'.join(map(str, range(len(names)))))
+    fields = dict(data_root=str(root), ann_file='train.txt', data_prefix=dict(sub_data_root=''), pipeline=[])
+    return dict(type='XMLDataset', metainfo=dict(classes=corrupt_data.CLASSES), **fields)
+
+
+@pytest.mark.parametrize(
+    ('names', 'kinds'),
+    [
+        (('box disc', 'box'), set()),
+        (('box disc', 'Box box'), {'names-unknown'}),
+        (('Box Disc', 'Box'), {'names-unknown', 'image-without-annotation'}),
+        (('box disk', 'box'), {'names-unknown', 'class-without-samples'}),
+        (('box disc', 'box', 'cup box'), {'names-left-out'}),
+        (('box disc', 'cup cup cup'), {'names-unknown', 'image-without-annotation'}),
+    ],
+)
+def test_names_in_voc_files(tmp_path, names, kinds):
+    pytest.importorskip('mmdet')
+    report = at_start('mmdet', ('train',), train_dataloader=dict(dataset=write_voc(tmp_path, *names)))
+    assert set(report.counts) == kinds
+    if names[1] == 'Box box':
+        text = report.kept['names-unknown'][0].value
+        assert text.startswith("'Box' (1 objects, first in ")
+        assert 'Annotations/1.xml); metainfo.classes: [box, disc]' in text
+
+
+def test_names_of_voc_that_are_left_out(tmp_path):
+    pytest.importorskip('mmdet')
+    data = dict(write_voc(tmp_path, 'car cat cat', 'car'), type='VOCDataset', metainfo=dict(classes=('car',)))
+    assert not at_start('mmdet', ('train',), train_dataloader=dict(dataset=data)).counts
+
+
+def test_voc_files_that_cannot_be_read(tmp_path):
+    pytest.importorskip('mmdet')
+    data = write_voc(tmp_path, 'box', 'box disc', 'box', 'box')
+    (tmp_path / 'Annotations' / '0.xml').unlink()
+    (tmp_path / 'Annotations' / '2.xml').write_text('<annotation>')
+    (tmp_path / 'Annotations' / '3.xml').write_text('<annotation><object><name>box</name></object></annotation>')
+    report = at_start('mmdet', ('train',), train_dataloader=dict(dataset=data))
+    assert report.counts == {'file-missing': 1, 'xml-malformed': 2}
+    assert report.kept['file-missing'][0].path.endswith('Annotations/0.xml')
+    assert [finding.value for finding in report.kept['xml-malformed']][1] == 'object 0 lacks bndbox'
+
+
+def test_voc_boxes_are_those_of_mmdet(tmp_path):
+    pytest.importorskip('mmdet')
+    init_default_scope('mmdet')
+    dataset = DATASETS.build(write_voc(tmp_path, 'box disc', 'disc'))
+    ours = list(read_voc(dataset, corrupt_data.CLASSES, True, pytest.fail))
+    for index, info in enumerate(ours):
+        theirs = dataset.get_data_info(index)
+        assert {key: theirs[key] for key in ('img_path', 'img_id', 'width', 'height')} == {
+            key: info[key] for key in ('img_path', 'img_id', 'width', 'height')
+        }
+        assert [(i['bbox'], i['bbox_label']) for i in theirs['instances']] == [
+            (i['bbox'], i['bbox_label']) for i in info['instances']
+        ]
+
+
+def test_sets_with_own_palettes(tmp_path):
+    """mmdet then has a list of metainfo, one of each set."""
+    pytest.importorskip('mmdet')
+    init_default_scope('mmdet')
+    data = write_voc(tmp_path, 'box disc')
+    parts = [
+        dict(data, metainfo=dict(classes=names, palette=[(1, i, 1)])) for i, names in enumerate([('box', 'disc')] * 2)
+    ]
+    both = DATASETS.build(dict(type='ConcatDataset', datasets=parts))
+    assert isinstance(both.metainfo, list)
+    heads = dict(gt_instances=Head('bbox_head', 2, 255))
+    runner = SimpleNamespace(logger=SimpleNamespace(warning=pytest.fail))
+    check_classes(both, heads, runner)
+    with pytest.raises(AnnotationError, match='num_classes=1'):
+        check_classes(both, dict(gt_instances=Head('bbox_head', 1, 255)), runner)
+    assert not at_start(
+        'mmdet', ('train',), train_dataloader=dict(dataset=dict(type='ConcatDataset', datasets=parts))
+    ).counts
+    parts[1]['metainfo']['classes'] = ('disc', 'box')
+    report = at_start('mmdet', ('train',), train_dataloader=dict(dataset=dict(type='ConcatDataset', datasets=parts)))
+    assert list(report.counts) == ['classes-differ']

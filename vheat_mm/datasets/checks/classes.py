@@ -8,6 +8,7 @@ from typing import Any
 
 from vheat_mm.datasets.checks.datasets import Part
 from vheat_mm.datasets.checks.report import Finding
+from vheat_mm.datasets.checks.voc import plain_name
 from vheat_mm.utils.text import some_of
 
 _OF_TOOLS = {'__MACOSX', '@eaDir', '$RECYCLE.BIN', 'lost+found', '__pycache__'}
@@ -55,7 +56,7 @@ def _judge_own(part: Part) -> Iterator[Finding]:
         yield Finding('classes-order', source_of(part), f'{text}[{some_of(list(part.classes))}]')
     alike: dict[str, list[str]] = defaultdict(list)
     for name in part.classes:
-        alike[' '.join(str(name).replace('_', ' ').split()).casefold()].append(name)
+        alike[plain_name(str(name))].append(name)
     if pairs := [names for names in alike.values() if len(names) > 1]:
         yield Finding('classes-alike', source_of(part), some_of([' and '.join(map(repr, names)) for names in pairs]))
 

@@ -122,6 +122,13 @@ _ERRORS = {
     'mask-outside': ('mask entirely outside the image', 'learns an empty mask', 'correct it, or the size of the image'),
     'rle-size': ('RLE of another size than the image', _STOPS, _ENCODE),
     'rle-sum': ('RLE whose runs do not add up to the image', 'learns a mask that is partly noise', _ENCODE),
+    # --- Pascal VOC
+    'xml-malformed': ('annotation file is no XML, or lacks a field', _NOT_BUILT, 'write the file again'),
+    'names-unknown': (
+        'objects with names that metainfo.classes lacks, though classes have no objects, or most are so',
+        'drops them silently; they are learned as background',
+        'make the names alike, case included, or add them to metainfo.classes',
+    ),
     # --- label maps
     'map-values': ('label map with values outside the classes', _STOPS_AT_LABEL, _VALUES),
     'map-size': (
@@ -192,6 +199,11 @@ _WARNINGS = {
     ),
     'mask-beyond-edge': ('mask extends over the edge by more than a pixel', 'clips it', _CHECK_SIZE),
     'rle-without-size': ('RLE without size or counts', 'ignores the annotation', _ENCODE),
+    'names-left-out': (
+        'objects with names that metainfo.classes lacks',
+        'drops them silently; they are learned as background',
+        'none, where that is intended; else add the names to metainfo.classes',
+    ),
     # --- label maps, classification
     'ignore-index-unsaid': (
         'value that heads and evaluators ignore, and the data set does not name',

@@ -16,6 +16,7 @@ from vheat_mm.datasets.checks.datasets import Part
 from vheat_mm.datasets.checks.json_stream import MalformedJsonError
 from vheat_mm.datasets.checks.label_maps import MapRule
 from vheat_mm.datasets.checks.report import Finding
+from vheat_mm.datasets.checks.voc import read_voc
 from vheat_mm.utils.errors import describe
 from vheat_mm.utils.text import some_of
 
@@ -50,6 +51,8 @@ def list_samples(part: Part, note: Note) -> Iterator[Sample]:
         reader = _list_coco
     elif names[0] == 'CustomDataset.load_data_list' and part.dataset.ann_file:
         reader = _list_lines
+    elif names[0] == 'XMLDataset.load_data_list':
+        reader = _list_xml
     else:
         yield from _list_loaded(part, note)
         return
@@ -78,6 +81,17 @@ def _list_coco(part: Part, note: Note) -> Iterator[Sample]:
 
 def _is_same(path: str, other: str) -> bool:
     return os.path.realpath(path) == os.path.realpath(other)
+
+
+def _list_xml(part: Part, note: Note) -> Iterator[Sample]:
+    empty = True
+    for info in read_voc(part.dataset, part.classes, part.trains, note):
+        empty = False
+        _judge_instances(info, part, info['img_path'], note)
+        size = (info['width'], info['height']) if 'width' in info else None
+        yield Sample(info['img_path'], info['img_id'], size)
+    if empty:
+        note(Finding('dataset-empty', part.dataset.ann_file, 'it names no usable image'))
 
 
 def _list_lines(part: Part, note: Note) -> Iterator[Sample]:

@@ -162,17 +162,21 @@ def class_heads(model: nn.Module) -> dict[str, Head]:
 
 def check_classes(dataset: Any, heads: dict[str, Head], runner: Runner) -> None:
     """Compare the number of class names with each head; more outputs than classes are only worth a warning."""
-    classes: Any = getattr(dataset, 'metainfo', {}).get('classes')
-    if isinstance(classes, str):
-        raise AnnotationError(
-            f"metainfo.classes is the string {classes!r}: write classes=('{classes}',), with the comma"
-        )
-    for head in heads.values() if classes else ():
-        message = f'the training set names {len(classes)} classes, but model.{head.name}.num_classes={head.num_classes}'
-        if head.num_classes < len(classes):
-            raise AnnotationError(f'{message}: set both alike')
-        if head.num_classes > len(classes):
-            runner.logger.warning(f'{message}: the last {head.num_classes - len(classes)} logits are unused')
+    found = getattr(dataset, 'metainfo', {})
+    for metainfo in found if isinstance(found, list) else [found]:  # mmdet's ConcatDataset has a list of them
+        classes: Any = metainfo.get('classes')
+        if isinstance(classes, str):
+            raise AnnotationError(
+                f"metainfo.classes is the string {classes!r}: write classes=('{classes}',), with the comma"
+            )
+        for head in heads.values() if classes else ():
+            message = (
+                f'the training set names {len(classes)} classes, but model.{head.name}.num_classes={head.num_classes}'
+            )
+            if head.num_classes < len(classes):
+                raise AnnotationError(f'{message}: set both alike')
+            if head.num_classes > len(classes):
+                runner.logger.warning(f'{message}: the last {head.num_classes - len(classes)} logits are unused')
 
 
 def check_batch(data_batch: Any, heads: dict[str, Head]) -> None:
