@@ -426,3 +426,32 @@ def train(cfg: Config, work_dir: Path, iterations: int, load_from: str | None = 
 
 def equal(a: dict, b: dict) -> bool:
     return all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+# --- sliding windows
+
+
+def test_mask2former_on_sliding_windows():
+    """The mean of the windows' predictions, in the size of the image; with the padding of the base there is none."""
+    from mmseg.structures import SegDataSample
+
+    cfg = load_with('segmentation/vheat-t_mask2former_8xb2-160k_ade20k-512x512.py', 'Mask2Former on sliding windows')
+    cfg.model.test_cfg.update(crop_size=(64, 64), stride=(32, 32))
+    image = torch.randint(0, 255, (3, 64, 96), dtype=torch.uint8)
+    meta = dict(img_shape=(64, 96), ori_shape=(64, 96))
+
+    def predict(model: nn.Module, image: torch.Tensor, meta: dict) -> torch.Tensor:
+        batch = dict(inputs=[image], data_samples=[SegDataSample(metainfo=meta)])
+        return model.eval().test_step(batch)[0].seg_logits.data
+
+    model = build(cfg)
+    with torch.no_grad():
+        scores = predict(model, image, meta)
+        window = dict(img_shape=(64, 64), ori_shape=(64, 64))
+        left, right = (predict(model, image[:, :, x : x + 64], window) for x in (0, 32))
+    torch.testing.assert_close(scores[..., :32], left[..., :32])
+    torch.testing.assert_close(scores[..., 64:], right[..., 32:])
+    torch.testing.assert_close(scores[..., 32:64], (left[..., 32:] + right[..., :32]) / 2)
+    cfg.model.data_preprocessor.test_cfg = dict(size_divisor=32)
+    with torch.no_grad(), pytest.raises(RuntimeError, match='must match the size'):
+        predict(build(cfg), image, meta)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,12 @@ def read_config(args: argparse.Namespace) -> Config:
         cfg = Config.fromfile(path)
     except Exception as error:
         raise ToolError(f'cannot read the config {args.config!r}: {describe(error)}') from error
+    if not cfg._imported_names:  # a config of texts: MMEngine could not write its classes into the work dir
+        for key, value in list(cfg.items()):
+            if inspect.isclass(value):
+                cfg.pop(key)  # an import
+            else:
+                cfg[key] = _name_classes(value)
     if args.cfg_options:
         check_keys(cfg, args.cfg_options)
         try:
@@ -85,6 +92,17 @@ def read_config(args: argparse.Namespace) -> Config:
         raise ToolError(f'{args.config!r} needs {scope}, which is not installed: pip install {SCOPES[scope]}')
     init_default_scope(scope)
     return cfg
+
+
+def _name_classes(node: Any) -> Any:
+    """A part of a config with the names of classes instead of the classes."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            node[key] = _name_classes(value)
+        return node
+    if isinstance(node, (list, tuple)):
+        return type(node)(_name_classes(value) for value in node)
+    return f'{node.__module__}.{node.__qualname__}' if inspect.isclass(node) else node
 
 
 def _package_of(model: Any) -> str:
