@@ -75,3 +75,22 @@ def test_files_are_read_once(coco, monkeypatch):
     check_annotations(runner, ['train', 'val'])
     check_annotations(make_runner(coco['good'], AnnotationCheckHook(files=False)), ['train', 'val'])
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ('classes', 'outcome'),
+    [(('a', 'b'), 'fine'), (('b', 'a'), 'error'), (('a', 'b', 'c'), 'error'), (('x', 'y'), 'warning'), (None, 'fine')],
+)
+def test_classes_of_the_weights(classes, outcome):
+    """Classes of other names may be the same in other words; those of the same names are shifted."""
+    hook, warnings = AnnotationCheckHook(), []
+    loader = SimpleNamespace(dataset=SimpleNamespace(metainfo=dict(classes=classes)))
+    logger = SimpleNamespace(warning=warnings.append)
+    runner = SimpleNamespace(cfg={}, test_dataloader=loader, logger=logger)
+    hook.after_load_checkpoint(runner, dict(meta=dict(dataset_meta=dict(classes=('a', 'b')))))
+    if outcome == 'error':
+        with pytest.raises(AnnotationError, match=r'the weights have learned \[a, b\]'):
+            hook.before_test(runner)
+    else:
+        hook.before_test(runner)
+    assert len(warnings) == (outcome == 'warning')

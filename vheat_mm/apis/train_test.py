@@ -79,7 +79,7 @@ def run_training(argv: Sequence[str] | None = None) -> int:
         add_fault_tolerance_hooks(cfg)
         runner = build_runner(cfg, notes, phase)
         log_environment(runner, sys.argv if argv is None else list(argv))
-        check_annotations(runner, ['train', *(['val'] if cfg.get('val_cfg') else [])])
+        check_annotations(runner, ['train', *([] if cfg.get('val_cfg') is None else ['val'])])
         runner.train()
         tear_down_processes()
 

@@ -61,6 +61,11 @@ class Part:
         """Whether instance masks are loaded, by the pipeline or to compute a score."""
         return 'segm' in self.metrics or any(getattr(transform, 'with_mask', False) for transform in self.transforms)
 
+    @property
+    def with_map(self) -> bool:
+        """Whether label maps are loaded, in a way that is known."""
+        return any(getattr(transform, 'with_seg', False) for transform in self.transforms)
+
     def image_loader(self) -> Loader:
         """How its pipeline loads images."""
         for transform in self.transforms:

@@ -145,7 +145,7 @@ def _list_loaded(part: Part, note: Note) -> Iterator[Sample]:
         _judge_instances(info, part, image, note)
         label_map = info.get('seg_map_path')
         size = (info['width'], info['height']) if 'width' in info and 'height' in info else None
-        labelled = (label_map, part.map_rule(info)) if label_map else None
+        labelled = (label_map, part.map_rule(info)) if label_map and part.with_map else None
         yield Sample(image, info.get('img_id'), size, label if isinstance(label, int) else None, labelled)
     seen.finish(place)
 

@@ -20,6 +20,7 @@ from vheat_mm.datasets.checks.kinds import KINDS, Severity
 from vheat_mm.datasets.checks.report import Report
 from vheat_mm.utils.dist import unwrap
 from vheat_mm.utils.errors import AnnotationError
+from vheat_mm.utils.text import some_of
 
 # A sample's labels -> names of the heads that learn them. An RPN only separates objects from background.
 _HEADS = {
@@ -66,6 +67,7 @@ class AnnotationCheckHook(Hook):
             raise ValueError(f'AnnotationCheckHook: allow={unknown} are no kinds of findings; see docs/data_checks.md')
         self._allow = tuple(allow)
         self._checked: set[str] = set() if files else {'train', 'val', 'test'}
+        self._learned: Any = None  # class names in the checkpoint
 
     def check_files(self, runner: Runner, splits: Iterable[str]) -> None:
         """Check the annotation files of a runner's data sets, once for each split.
@@ -115,9 +117,27 @@ class AnnotationCheckHook(Hook):
         check_classes(runner.train_dataloader.dataset, class_heads(unwrap(runner.model)), runner)
         self.check_files(runner, ('train', 'val') if runner.val_loop is not None else ('train',))
 
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Keep the names of the classes that the weights have learned."""
+        meta = checkpoint.get('meta')
+        trained_on = meta.get('dataset_meta') if isinstance(meta, Mapping) else None
+        self._learned = trained_on.get('classes') if isinstance(trained_on, Mapping) else None
+
     def before_test(self, runner: Runner) -> None:
-        """Check the test set."""
+        """Check the test set, and compare its class names with those in the checkpoint."""
         self.check_files(runner, ('test',))
+        metainfo = getattr(runner.test_dataloader.dataset, 'metainfo', {})
+        classes = metainfo.get('classes') if isinstance(metainfo, Mapping) else None
+        names = [[*value] if isinstance(value, list | tuple) else [] for value in (self._learned, classes)]
+        if not all(names) or names[0] == names[1]:
+            return
+        message = (
+            f'the test set has the classes [{some_of(names[1])}], and the weights have learned [{some_of(names[0])}]; '
+            f'{KINDS["classes-differ"].remedy}'
+        )
+        if set(map(str, names[0])) & set(map(str, names[1])) and 'classes-differ' not in self._allow:
+            raise AnnotationError(message)
+        runner.logger.warning(message)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Check the labels of a batch, before it goes to the model's device."""
