@@ -412,3 +412,31 @@ def test_written_file_has_ordinary_permissions(tmp_path):
     with pytest.raises((pickle.PicklingError, AttributeError)):
         save_atomically({'x': lambda: 0}, tmp_path / 'y.pth')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['plain', 'x.pth']
+
+
+@pytest.mark.parametrize('bands', [1, 4, 6])
+def test_images_of_other_bands(tmp_path, released, make_vheat, bands, monkeypatch):
+    """As timm does. On one band, or six alike, the first convolution computes the same as on three of them."""
+    lines = []
+    monkeypatch.setattr('vheat_mm.models.weights.print_log', lambda text, **_: lines.append(text))
+    path = write_formats(tmp_path, released)['release']
+    three, other = make_vheat(out_indices=3), make_vheat(out_indices=3, in_channels=bands)
+    load_pretrained(three, path)
+    load_pretrained(other, path)
+    image = torch.rand(1, 1, 32, 32)
+    weight, adapted = three.patch_embed.conv1.weight, other.patch_embed.conv1.weight
+    with torch.no_grad():
+        convolved = (
+            conv(image.repeat(1, conv.in_channels, 1, 1)) for conv in (three.patch_embed.conv1, other.patch_embed.conv1)
+        )
+        if bands == 4:
+            torch.testing.assert_close(adapted[:, 3], weight[:, 0] * 0.75)
+        else:
+            torch.testing.assert_close(*convolved)
+    assert f'patch_embed.conv1.weight adapted from 3 bands to {bands}' in lines[-1]
+    torch.save(other.state_dict(), tmp_path / 'own.pth')
+    again = make_vheat(out_indices=3, in_channels=bands)
+    load_pretrained(again, tmp_path / 'own.pth')
+    assert torch.equal(again.patch_embed.conv1.weight, other.patch_embed.conv1.weight)
+    with pytest.raises(CheckpointError, match=r'patch_embed.conv1.weight .* instead of'):
+        load_pretrained(three, tmp_path / 'own.pth')

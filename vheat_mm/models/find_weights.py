@@ -19,7 +19,7 @@ from vheat_mm.utils.text import first_line, some_of
 ANCHOR = 'patch_embed.conv1.weight'  # a key of every vHeat state dict, whatever the task
 MAX_GRID = 1 << 12  # entries per side of an FVE: images of 16384 pixels
 _MAX_WIDTH = 1 << 12
-_ANCHOR_KERNEL = (3, 3, 3)  # input channels and kernel; the output channels are half the network's width
+_BANDS, _ANCHOR_KERNEL = 3, 3 * 3  # input channels and kernel; the output channels are half the network's width
 
 # key of the released classifier -> key of mmpretrain's ImageClassifier: inside the backbone, and outside of it
 _OUT_NORM_OF_CLASSIFIER = ('classifier.0.', 'outnorm3.')
@@ -117,7 +117,9 @@ def _select_entry(checkpoint: dict[str, Any], path: str, ema: bool) -> tuple[str
 
 def _check_values(weights: Weights) -> None:
     """Refuse weights of the wrong type and FVEs too large to resize; log a warning for NaN and infinity."""
-    path, width = weights.path, 2 * weights.backbone[ANCHOR].numel() // math.prod(_ANCHOR_KERNEL)
+    anchor = weights.backbone[ANCHOR]
+    bands = anchor.shape[1] if anchor.ndim == 4 and anchor.numel() else _BANDS
+    path, width = weights.path, 2 * anchor.numel() // (bands * _ANCHOR_KERNEL)
     if width > _MAX_WIDTH:
         raise CheckpointError(f'{path!r} is corrupt: by the shape of {ANCHOR} the network is {width} channels wide')
     for key, value in weights.backbone.items():

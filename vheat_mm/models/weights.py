@@ -259,19 +259,37 @@ def load_pretrained(
     weights = find_weights(read_checkpoint(path), path, prefix, ema)
     own = model.state_dict()
     variant = _check_variant(weights, own)
-    found = compare(weights.backbone, own, backbone='')
+    backbone, note = _adapt_bands(weights.backbone, own[ANCHOR].shape[1])
+    found = compare(backbone, own, backbone='')
     wrong = found.without(_OUT_NORM.match)
     if not wrong.fits:
         raise CheckpointError(f'{path!r} does not fit this model, {variant}; {wrong}. Nothing was loaded.')
-    state = {key: value for key, value in weights.backbone.items() if key in own}
+    state = {key: value for key, value in backbone.items() if key in own}
     for key in found.resized:
         state[key] = resize_freq_embed(state[key], (own[key].shape[0], own[key].shape[1]), mode=resize)
     model.load_state_dict(state, strict=False)
     found.left_over += weights.head
     print_log(
-        f'Weights of {variant.name} from {path!r}, entry {weights.entry!r}: {found.report(resize)}', logger='current'
+        f'Weights of {variant.name} from {path!r}, entry {weights.entry!r}: {found.report(resize)}{note}',
+        logger='current',
     )
     return weights
+
+
+def _adapt_bands(backbone: StateDict, bands: int) -> tuple[StateDict, str]:
+    """Fit a first convolution of three bands to images of another number, as timm does; a note for the log.
+
+    One band gets the sum of the three. More get copies of them in turn, scaled so that the output keeps its range.
+    """
+    weight = backbone[ANCHOR]
+    if weight.ndim != 4 or weight.shape[1] != 3 or bands == 3:
+        return backbone, ''
+    if bands == 1:
+        adapted, how = weight.sum(dim=1, keepdim=True), 'their sum'
+    else:
+        adapted = weight[:, [band % 3 for band in range(bands)]] * (3 / bands)
+        how = f'repeated in turn, times 3/{bands}'
+    return {**backbone, ANCHOR: adapted}, f'\n  {ANCHOR} adapted from 3 bands to {bands}: {how}'
 
 
 def resize_loaded_freq_embeds(model: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
