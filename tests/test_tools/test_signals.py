@@ -91,7 +91,7 @@ time.sleep(60)
     launcher = f"""
 import os, subprocess, sys, time
 os.environ.update(VHEAT_LAUNCHER=str(os.getpid()), TORCHELASTIC_RUN_ID='none')
-print(subprocess.Popen([sys.executable, '-c', {worker!r}]).pid, flush=True)
+print(subprocess.Popen([sys.executable, '-c', {worker!r}, '--launcher', 'pytorch']).pid, flush=True)
 time.sleep(60)
 """
     run = subprocess.Popen([sys.executable, '-c', launcher], cwd=tmp_path, stdout=subprocess.PIPE, text=True)

@@ -21,8 +21,9 @@ SHOW_TRACEBACK = 'VHEAT_TRACEBACK'
 USER_ERROR, UNKNOWN_ERROR = 2, 1
 LONGEST = 800  # characters of an error of another package, which may hold the whole config
 
-# Errors of a process whose peer has exited.
+# Errors that may follow from the end of another process, and errors that do.
 _LOST_PEER = re.compile(r'gloo|nccl|connection (closed|reset)|tcpstore|broken pipe|process group', re.IGNORECASE)
+_CLOSED = re.compile(r'connection (closed|reset) by peer|broken pipe|remote process exited', re.IGNORECASE)
 
 
 def run_reporting_errors(body: Callable[[SetupEndHook], None]) -> int:
@@ -52,7 +53,7 @@ def run_reporting_errors(body: Callable[[SetupEndHook], None]) -> int:
     except Exception as error:
         _wait_for_rank0_error(error)
         known = isinstance(error, USER_ERRORS)
-        bug = phase.finished and not known
+        bug = phase.finished and not known and not _is_lost_peer(error)
         sys.stdout.flush()  # in a common log file, the message comes last
         if bug or os.environ.get(SHOW_TRACEBACK) == '1':
             traceback.print_exc()
@@ -68,6 +69,8 @@ def _message(error: Exception) -> str:
         return describe(error)
     place, message = explain(error)
     message = ' '.join((message or describe(error)).split())
+    if _is_lost_peer(error):
+        return f'another process of this run has ended, see what it printed above ({message[:150]} ...)'
     if len(message) > LONGEST:
         message = f'{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}'
     return f'{place}: {message}' if place else message
@@ -80,3 +83,7 @@ def _wait_for_rank0_error(error: Exception) -> None:
     """
     if process_count() > 1:
         time.sleep((6 if _LOST_PEER.search(str(error)) else 0) + (2 if process_rank() else 0))
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    return process_count() > 1 and _CLOSED.search(str(error)) is not None

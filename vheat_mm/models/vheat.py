@@ -34,6 +34,7 @@ from vheat_mm.ops.decay_cache import DecayCache
 from vheat_mm.ops.eager import onednn
 from vheat_mm.ops.freq_embed import NUM_STAGES, grid_sizes, resize_freq_embed, to_pair
 from vheat_mm.ops.reference import channels_first, decay_of
+from vheat_mm.utils.config_place import type_name
 
 
 class HeatConduction2d(nn.Module):
@@ -467,8 +468,9 @@ class VHeat(BaseModule):
         if self.is_init:
             return
         entries = [self.init_cfg] if isinstance(self.init_cfg, Mapping) else list(self.init_cfg or [])
-        pretrained = [entry for entry in entries if entry['type'] == 'Pretrained']
-        others = [entry for entry in entries if entry['type'] != 'Pretrained']
+        names = ('Pretrained', 'PretrainedInit')  # the second is the class, in configs in pure Python
+        pretrained = [entry for entry in entries if type_name(entry) in names]
+        others = [entry for entry in entries if type_name(entry) not in names]
         if others or not pretrained:
             configured, self.init_cfg = self.init_cfg, others
             super().init_weights()

@@ -63,7 +63,8 @@ def prepare_start(training: bool) -> None:
         signal.signal(signal.SIGINT, _exit_interrupted)
     if training:
         exit_on_signals()
-    if 'TORCHELASTIC_RUN_ID' in os.environ:
+    # The processes that torchrun has started start others, which inherit the environment.
+    if 'TORCHELASTIC_RUN_ID' in os.environ and {'pytorch', '--launcher=pytorch'} & set(sys.argv):
         launcher = os.environ.get(LAUNCHER)
         end_with_parent(signal.SIGTERM, int(launcher) if launcher else None)
 
