@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import corrupt_data
 import numpy as np
@@ -12,6 +13,7 @@ from data_checks import CLASSIFICATION, DETECTION, SEGMENTATION, check, dataset
 from PIL import Image
 
 from vheat_mm.datasets.checks import images
+from vheat_mm.datasets.checks.datasets import Part
 from vheat_mm.datasets.checks.images import ImageJob, Loader, examine_image
 from vheat_mm.datasets.checks.label_maps import MapRule, judge_labels, learned_class
 from vheat_mm.datasets.checks.report import Report
@@ -114,6 +116,46 @@ def test_decoder_of_the_pipeline_is_used(tmp_path):
     path.write_bytes(corrupt_data.encode(corrupt_data.picture(), 'PNG'))
     for backend, fine in (('cv2', True), ('turbojpeg', False)):
         assert bool(examine_image(ImageJob(str(path), Loader(backend=backend))).size) is fine
+
+
+@pytest.mark.parametrize(
+    ('loader', 'kinds'),
+    [
+        (Loader(), {'image-grayscale', 'image-16-bit'}),
+        (Loader('grayscale'), {'image-16-bit'}),
+        (Loader('unchanged'), set()),
+        (Loader('color', 'tifffile'), set()),
+    ],
+)
+def test_bands_as_the_pipeline_takes_them(tmp_path, loader, kinds):
+    """One band of 16 bits is unusual only where it is turned into three of eight."""
+    pytest.importorskip('tifffile')
+    Image.fromarray(corrupt_data.picture()[..., 0].astype(np.uint16) * 257).save(tmp_path / 'x.tif')
+    facts = examine_image(ImageJob(str(tmp_path / 'x.tif'), loader))
+    assert ({kind for kind, _ in facts.faults}, facts.size) == (kinds, (64, 48))
+
+
+class LoadNpy:
+    """A loader that is not one of the libraries'."""
+
+    def __call__(self, results):
+        results['img'] = np.load(results['img_path'])
+        return results
+
+
+def test_loader_of_the_user_reads_its_files(tmp_path):
+    np.save(tmp_path / 'five.npy', np.zeros((48, 64, 5), np.uint16))
+    (tmp_path / 'text.npy').write_text('no array')
+    loader = Part(SimpleNamespace(), '', [], [LoadNpy()]).image_loader()
+    found = {
+        name: examine_image(ImageJob(str(tmp_path / name), loader)) for name in ('five.npy', 'text.npy', 'none.npy')
+    }
+    assert found['five.npy'] == ((), (64, 48), ())
+    assert found['text.npy'].faults[0][0] == 'not-an-image'
+    assert 'LoadNpy: ' in found['text.npy'].faults[0][1]
+    assert found['none.npy'].faults[0][0] == 'file-missing'
+    loader = loader._replace(transform=lambda results: results['img_id'])  # needs more than a path
+    assert examine_image(ImageJob(str(tmp_path / 'five.npy'), loader)) == ((), None, ())
 
 
 def test_image_resized_to_zero(coco):

@@ -71,7 +71,7 @@ class Part:
         for transform in self.transforms:
             if hasattr(transform, 'imdecode_backend') and hasattr(transform, 'color_type'):
                 return Loader(transform.color_type, transform.imdecode_backend, transform.backend_args)
-        return Loader()
+        return Loader(transform=next(iter(self.transforms), None))
 
     def map_rule(self, info: dict) -> MapRule:
         """How its pipeline loads label maps, and how their values become classes."""

@@ -17,6 +17,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from mmengine.fileio import get
 
+from vheat_mm.utils.errors import describe
+
 # Pillow's limit for a decompression bomb. Decoded to three channels, half a gigabyte for each loader's worker.
 MAX_PIXELS = 178_956_970
 MAX_BYTES = 2**30
@@ -37,11 +39,22 @@ Fault = tuple[str, str]  # kind of finding, text
 
 
 class Loader(NamedTuple):
-    """How a pipeline decodes: flag and backend of ``mmcv.imfrombytes``, and where files are stored."""
+    """How a pipeline decodes: flag and backend of ``mmcv.imfrombytes``, and where files are stored.
+
+    ``transform`` is a pipeline's own first transform, where no other is known to load images: it then reads the file.
+    """
 
     flag: str = 'color'
     backend: str = 'cv2'
     backend_args: dict | None = None
+    transform: Callable[[dict], Any] | None = None
+
+    def unchanged(self) -> set[str]:
+        """Kinds of findings that are none where pixels are taken as they are stored."""
+        found = {'image-grayscale'} if self.flag == 'grayscale' else set()
+        if self.flag == 'unchanged' or self.backend == 'tifffile':
+            found |= {'image-grayscale', 'image-16-bit', 'image-alpha', 'image-rotated'}
+        return found | ({'image-rotated'} if 'ignore_orientation' in self.flag else set())
 
 
 class ImageJob(NamedTuple):
@@ -83,7 +96,30 @@ def set_up_worker() -> None:
 
 def examine_image(job: ImageJob) -> ImageFacts:
     """Read and decode an image file."""
-    return examine_file(job.path, job.loader, lambda image, faults: faults + _judge_shape(*image.shape[:2]))
+    if job.loader.transform is not None:
+        return _examine_loaded(job.path, job.loader.transform)
+    unchanged = job.loader.unchanged()
+
+    def judge(image: np.ndarray, faults: list[Fault]) -> list[Fault]:
+        return [fault for fault in faults if fault[0] not in unchanged] + _judge_shape(*image.shape[:2])
+
+    return examine_file(job.path, job.loader, judge)
+
+
+def _examine_loaded(path: str, transform: Callable[[dict], Any]) -> ImageFacts:
+    """Let a transform of which nothing is known read the file."""
+    try:
+        read_file(path, None)
+        image = (transform(dict(img_path=path)) or {}).get('img')
+    except FaultError as error:
+        return ImageFacts(faults=((error.args[0], error.args[1]),))
+    except KeyError:  # it needs more than a path: only the data set can call it
+        return ImageFacts()
+    except Exception as error:
+        return ImageFacts(faults=(('not-an-image', f'{type(transform).__name__}: {describe(error)}'),))
+    if not isinstance(image, np.ndarray) or image.ndim < 2:
+        return ImageFacts()
+    return ImageFacts(tuple(_judge_shape(*image.shape[:2])), (image.shape[1], image.shape[0]))
 
 
 def examine_file(path: str, loader: Loader, judge: Callable[[np.ndarray, list[Fault]], list[Fault]]) -> ImageFacts:
