@@ -68,7 +68,7 @@ def test_findings_that_are_allowed(coco, caplog):
 
 def test_files_are_read_once(coco, monkeypatch):
     calls = []
-    monkeypatch.setattr('vheat_mm.datasets.checks.samples.read_coco', lambda path: calls.append(path) or 1 / 0)
+    monkeypatch.setattr('vheat_mm.datasets.checks.samples.read_coco', lambda path, _: calls.append(path) or 1 / 0)
     runner = make_runner(coco['good'], AnnotationCheckHook())
     with pytest.raises(ZeroDivisionError):
         check_annotations(runner, ['train', 'val'])

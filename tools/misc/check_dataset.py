@@ -27,6 +27,7 @@ from vheat_mm.apis.errors import run_reporting_errors
 from vheat_mm.checkpoint.io import atomic_file
 from vheat_mm.datasets.checks.check import check_datasets
 from vheat_mm.datasets.checks.datasets import SPLITS
+from vheat_mm.engine import fileio
 from vheat_mm.engine.runner.distributed import available_cores
 from vheat_mm.utils.errors import ToolError
 
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.out and (not args.out.parent.is_dir() or args.out.is_dir()):
             raise ToolError(f'--out {args.out}: expected the name of a file in a folder that exists')
         logging.disable(logging.WARNING)
+        fileio.install()  # reads files as training does
         cfg = read_config(args)
         report = check_datasets(cfg, args.split, args.workers or available_cores(), args.limit)
         print(report.render(args.show))

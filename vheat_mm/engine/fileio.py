@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import mimetypes
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,8 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.runner import CheckpointLoader
 
 from vheat_mm.checkpoint.io import atomic_file, read_checkpoint
+from vheat_mm.datasets.checks.images import MAX_BYTES, read_header, refuse_size
+from vheat_mm.utils.files import open_regular, read_regular
 
 
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
@@ -28,10 +34,31 @@ def install() -> None:
 
 
 class AtomicLocalBackend(LocalBackend):
-    """MMEngine's local backend whose ``put`` writes a temporary file and renames it.
+    """MMEngine's local backend, which writes a temporary file and renames it, and reads regular files only.
 
-    A full disk, or a kill while writing, leaves the earlier file as it was.
+    A full disk, or a kill while writing, leaves the earlier file as it was. Named pipes and devices would block, and
+    images of too many pixels take gigabytes: they are refused, as by ``tools/misc/check_dataset.py``.
     """
+
+    def get(self, filepath: str | Path) -> bytes:
+        """Read a file. Raises OSError if it is no regular one, or an image with too many pixels."""
+        is_image = (mimetypes.guess_type(str(filepath))[0] or '').startswith('image/')
+        content = read_regular(filepath, MAX_BYTES if is_image else None)
+        if reason := refuse_size(content, read_header(content)):
+            raise OSError(f'{filepath}: {reason}')
+        return content
+
+    def get_text(self, filepath: str | Path, encoding: str = 'utf-8') -> str:
+        """Read a text file. Raises OSError if it is no regular one."""
+        with io.TextIOWrapper(open_regular(filepath), encoding=encoding) as file:
+            return file.read()
+
+    @contextlib.contextmanager
+    def get_local_path(self, filepath: str | Path) -> Iterator[str | Path]:
+        """The path itself. Raises OSError if it is neither a regular file nor a folder."""
+        if not Path(filepath).is_dir():
+            open_regular(filepath).close()
+        yield filepath
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write ``obj`` and create missing folders. Raises OSError with the path on failure."""

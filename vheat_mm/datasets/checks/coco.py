@@ -1,10 +1,12 @@
 """A COCO annotation file: its entries, boxes and masks compared with each other and with the classes.
 
-The file is read entry by entry into arrays: 100 bytes an annotation, however long its polygons are.
+Memory: the text of the file and some 700 bytes an annotation, however long its polygons are.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 from array import array
 from collections.abc import Iterator
@@ -14,18 +16,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vheat_mm.datasets.checks.json_stream import MalformedJsonError, iterate
+from vheat_mm.datasets.checks.json_file import MalformedJsonError, read_object
 from vheat_mm.datasets.checks.masks import MaskTable
 from vheat_mm.datasets.checks.report import Finding
 from vheat_mm.utils.text import some_of
 
-_NUMBERS = {int, float}
+_LARGEST = 2**63  # of integers: beyond, numpy and pycocotools stop
+_NOT_VALID = array('d', [math.nan] * 5)
 _FEW = 3  # boxes that say nothing about all others
 _NEEDED = dict(
     images=('id', 'file_name', 'width', 'height'),
     annotations=('id', 'image_id', 'category_id', 'bbox', 'area'),
     categories=('id', 'name'),
 )
+_IDS = dict(images=('id',), annotations=('id', 'image_id', 'category_id'), categories=('id',))
 
 
 class CocoImage(NamedTuple):
@@ -50,7 +54,7 @@ class CocoContent:
         image_index: (N,) index of the annotation's image in ``image_ids``.
         category_index: (N,) index of its category in ``category_ids``.
         is_judged: (N,) false where mmdet ignores the annotation, or where it is malformed and reported.
-        masks: Of N annotations.
+        masks: Those of all annotations; ``mask_rows`` (N,) are rows in it.
         image_ids: Ids in images or annotations -> index; ``category_ids`` likewise.
         reported: Indices of images with an entry that is reported: what follows from that is not.
         findings: What reading has found.
@@ -66,6 +70,7 @@ class CocoContent:
     category_index: np.ndarray = field(init=False)
     is_judged: np.ndarray = field(init=False)
     masks: MaskTable = field(default_factory=MaskTable)
+    mask_rows: np.ndarray = field(init=False)
     image_ids: dict[Any, int] = field(default_factory=dict)
     category_ids: dict[Any, int] = field(default_factory=dict)
     reported: set[int] = field(default_factory=set)
@@ -86,22 +91,46 @@ class CocoContent:
         self.findings.append(Finding(kind, self.path, text, image_id, annotation_id))
 
 
-def read_coco(path: str) -> CocoContent:
+def read_coco(path: str, with_mask: bool = True) -> CocoContent:
     """Read a COCO file.
+
+    Args:
+        path: The file.
+        with_mask: Whether its masks are judged later; they take a third of the time.
 
     Raises:
         MalformedJsonError: It is no JSON object.
         OSError: It cannot be read.
     """
     content = CocoContent(path)
+
+    def reduce(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entry = dict(pairs)
+        if len(entry) < len(pairs):
+            _report_twice(content, pairs, entry)
+        if 'segmentation' in entry:  # most of the file
+            entry['segmentation'] = content.masks.add(entry['segmentation']) if with_mask else 0
+        return entry
+
+    was_enabled = gc.isenabled()
+    gc.disable()  # it would look at a million new objects again and again
+    try:
+        _fill(content, read_object(path, reduce))
+    finally:
+        if was_enabled:
+            gc.enable()
+    return content
+
+
+def _fill(content: CocoContent, found: dict[str, Any]) -> None:
     boxes, keys = array('d'), array('i')
-    for key, index, entry in iterate(path):
-        if key not in _NEEDED:
-            continue
-        if index is None:
-            if entry != []:
-                raise MalformedJsonError(f'{key!r} is a {type(entry).__name__}, expected a list')
-        elif _is_complete(content, key, index, entry):
+    for key in _NEEDED:
+        entries = found.get(key, [])
+        if not isinstance(entries, list):
+            raise MalformedJsonError(f'{key!r} is a {type(entries).__name__}, expected a list')
+        for index, entry in enumerate(entries):
+            if not _is_complete(content, key, index, entry):
+                continue
             if key == 'annotations':
                 _add_annotation(content, entry, boxes, keys)
             elif key == 'images':
@@ -109,9 +138,25 @@ def read_coco(path: str) -> CocoContent:
             else:
                 content.categories.append((entry['id'], entry['name']))
     content.boxes = np.array(boxes).reshape(-1, 5)
-    content.image_index, content.category_index, judged = np.array(keys).reshape(-1, 3).T
+    content.image_index, content.category_index, judged, content.mask_rows = np.array(keys).reshape(-1, 4).T
     content.is_judged = judged.astype(bool)
-    return content
+
+
+def _report_twice(content: CocoContent, pairs: list[tuple[str, Any]], entry: dict) -> None:
+    """Report keys that occur twice in an object: JSON readers drop the first value without a word."""
+    keys = [key for key, _ in pairs]
+    twice = [key for key in entry if keys.count(key) > 1]
+    content.report('json-key-twice', some_of([f'{key!r}' for key in twice]), entry.get('image_id'), entry.get('id'))
+
+
+def _is_number(value: Any) -> bool:
+    return -_LARGEST < value < _LARGEST if type(value) is int else type(value) is float
+
+
+def _is_id(value: Any) -> bool:
+    if type(value) is int:
+        return -_LARGEST < value < _LARGEST
+    return type(value) is str or (type(value) is float and value.is_integer())
 
 
 def _is_complete(content: CocoContent, key: str, index: int, entry: Any) -> bool:
@@ -120,16 +165,19 @@ def _is_complete(content: CocoContent, key: str, index: int, entry: Any) -> bool
         content.report('json-entry-malformed', f'{key}[{index}] is a {type(entry).__name__}, expected an object')
         return False
     lacking = [name for name in _NEEDED[key] if name not in entry]
-    wrong_ids = [name for name in ('id', 'image_id', 'category_id') if isinstance(entry.get(name), dict | list)]
-    if not lacking and not wrong_ids:
+    wrong = [name for name in _IDS[key] if name in entry and not _is_id(entry[name])]
+    wrong += ['name'] if key == 'categories' and 'name' in entry and not isinstance(entry['name'], str) else []
+    if not lacking and not wrong:
         return True
-    image = entry.get('id' if key == 'images' else 'image_id')
-    annotation = entry.get('id') if key == 'annotations' else None
+    ids = (entry.get(name) for name in ('id' if key == 'images' else 'image_id', 'id'))
+    image, own = (value if _is_id(value) else None for value in ids)
+    annotation = own if key == 'annotations' else None
     if lacking:
         content.report('json-field-missing', f'{key}[{index}] lacks {", ".join(lacking)}', image, annotation)
     else:
-        content.report('json-entry-malformed', f'{key}[{index}]: {wrong_ids[0]} is no number', image, annotation)
-    if key != 'categories' and image is not None and not isinstance(image, dict | list):
+        text = f'{key}[{index}]: {wrong[0]} is {entry[wrong[0]]!r}'
+        content.report('json-entry-malformed', text[:200], image, annotation)
+    if key != 'categories' and image is not None:
         content.reported.add(content.index_of(image))
     return False
 
@@ -137,9 +185,9 @@ def _is_complete(content: CocoContent, key: str, index: int, entry: Any) -> bool
 def _add_image(content: CocoContent, position: int, entry: dict) -> None:
     image = CocoImage(*(entry[name] for name in _NEEDED['images']))
     index = content.index_of(image.id)
-    if not isinstance(image.file_name, str) or not {type(image.width), type(image.height)} <= _NUMBERS:
+    if not isinstance(image.file_name, str) or not (_is_number(image.width) and _is_number(image.height)):
         text = f'images[{position}]: file_name {image.file_name!r}, size {image.width!r} x {image.height!r}'
-        content.report('json-entry-malformed', text, image.id)
+        content.report('json-entry-malformed', text[:200], image.id)
         content.reported.add(index)
         return
     if index in content.images:
@@ -150,18 +198,22 @@ def _add_image(content: CocoContent, position: int, entry: dict) -> None:
 
 
 def _add_annotation(content: CocoContent, entry: dict, boxes: array, keys: array) -> None:
-    """Add an annotation: x, y, width, height and area to ``boxes``; indices and whether it is judged to ``keys``."""
+    """Add an annotation: x, y, width, height and area to ``boxes``; two indices, if judged, row of mask to ``keys``."""
     box, area = entry['bbox'], entry['area']
-    valid = isinstance(box, list) and len(box) == 4 and set(map(type, box)) <= _NUMBERS and type(area) in _NUMBERS
+    numbers = _NOT_VALID
+    if isinstance(box, list) and len(box) == 4 and {type(area), *map(type, box)} <= {int, float}:
+        with contextlib.suppress(OverflowError):  # an integer of 400 digits
+            numbers = array('d', (*box, area))
+    valid = numbers is not _NOT_VALID
     if not valid:
         content.report('box-malformed', f'bbox {box!r}, area {area!r}'[:120], entry['image_id'], entry['id'])
     if (crowd := entry.get('iscrowd')) not in (0, 1):
         content.crowds['missing' if crowd is None else 'malformed'].append(len(content.annotation_ids))
     content.annotation_ids.append(entry['id'])
     category = content.category_ids.setdefault(entry['category_id'], len(content.category_ids))
-    keys.extend((content.index_of(entry['image_id']), category, valid and not entry.get('ignore', False)))
-    boxes.extend((*box, area) if valid else (math.nan,) * 5)
-    content.masks.add(entry.get('segmentation'))
+    judged = valid and not entry.get('ignore', False)
+    keys.extend((content.index_of(entry['image_id']), category, judged, entry.get('segmentation', 0)))
+    boxes.extend(numbers)
 
 
 def judge_coco(
@@ -190,6 +242,7 @@ def judge_coco(
             yield _annotation_finding(content, 'duplicate-annotation-id', row)
         seen.add(annotation)
     faults, kept, sizes = _judge_boxes(content, classes)
+    yield from _judge_types_of_ids(content, faults, evaluated)
     yield from _judge_form_of_boxes(content, sizes)
     for kind, rows in faults.items():
         for row in rows.nonzero()[0].tolist():
@@ -224,6 +277,25 @@ def compare_classes(names: list[str], classes: tuple[str, ...]) -> tuple[str, st
         order = f'[{some_of(known)}], metainfo.classes in [{some_of(list(classes))}]'
         return 'classes-order', f'its categories come in the order {order}; labels follow the order of the file'
     return None
+
+
+def _judge_types_of_ids(content: CocoContent, faults: dict[str, np.ndarray], evaluated: bool) -> Iterator[Finding]:
+    """Ids that are text in one place and numbers in another; the rows are removed from ``faults``."""
+    for kind, name, of_rows, all_ids, known in (
+        ('annotation-without-image', 'image_id', content.image_index, content.ids[0], content.images),
+        ('category-unknown', 'category_id', content.category_index, content.ids[1], dict(content.categories)),
+    ):
+        targets = [content.ids[0][key] if known is content.images else key for key in known]
+        by_text = {str(target): target for target in targets}
+        for row in faults[kind].nonzero()[0].tolist():
+            value = all_ids[of_rows[row]]
+            if str(value) in by_text:
+                faults[kind][row] = False
+                yield _annotation_finding(content, 'id-type', row, f'{name} {value!r}, id {by_text[str(value)]!r}')
+    texts = [row for row, value in enumerate(content.annotation_ids) if isinstance(value, str)] if evaluated else []
+    if texts:
+        text = f'{len(texts)} ids of annotations are text: {content.annotation_ids[texts[0]]!r}'
+        yield _annotation_finding(content, 'id-type', texts[0], text)
 
 
 def _judge_form_of_boxes(content: CocoContent, sizes: np.ndarray) -> Iterator[Finding]:
@@ -277,21 +349,24 @@ def _judge_boxes(
 
 
 def _judge_masks(content: CocoContent, kept: np.ndarray, sizes: np.ndarray) -> Iterator[Finding]:
-    extents = content.masks.extents()
+    extents = content.masks.extents()[content.mask_rows]
     with np.errstate(invalid='ignore'):
         outside = kept & ((extents[:, 2:] <= 0) | (extents[:, :2] >= sizes)).any(axis=1)
         beyond = kept & ~outside & ((extents[:, :2] < -1) | (extents[:, 2:] > sizes + 1)).any(axis=1)
-    for row, (kind, text) in content.masks.faults.items():
-        if kept[row]:
+    for row, mask in enumerate(content.mask_rows.tolist()):
+        if not kept[row]:
+            continue
+        if mask in content.masks.faults:
+            kind, text = content.masks.faults[mask]
             yield _annotation_finding(content, kind, row, text)
+        size = content.masks.rle_sizes.get(mask)
+        if size is not None and tuple(sizes[row]) != size:
+            yield _annotation_finding(content, 'rle-size', row, f'{_size(size)}, image {_size(sizes[row])}')
     for kind, rows in (('mask-outside', outside), ('mask-beyond-edge', beyond)):
         for row in rows.nonzero()[0].tolist():
             left, top, right, bottom = extents[row].tolist()
             text = f'x {left:g} .. {right:g}, y {top:g} .. {bottom:g}, image {_size(sizes[row])}'
             yield _annotation_finding(content, kind, row, text)
-    for row, size in content.masks.rle_sizes.items():
-        if kept[row] and tuple(sizes[row]) != size:
-            yield _annotation_finding(content, 'rle-size', row, f'{_size(size)}, image {_size(sizes[row])}')
 
 
 def _annotation_finding(content: CocoContent, kind: str, row: int, text: str | None = None) -> Finding:

@@ -7,8 +7,10 @@ functions: importing the package needs only torch and mmengine.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +20,13 @@ import numpy as np
 from mmengine.fileio import get
 
 from vheat_mm.utils.errors import describe
+from vheat_mm.utils.files import read_regular
+from vheat_mm.utils.text import summarize_error
 
-# Pillow's limit for a decompression bomb. Decoded to three channels, half a gigabyte for each loader's worker.
-MAX_PIXELS = 178_956_970
-MAX_BYTES = 2**30
+MAX_BYTES = 2**30  # of an image file
+# Those that OpenCV decodes. Others that Pillow knows, such as TGA, begin like any binary file.
+_FORMATS = ('JPEG', 'PNG', 'BMP', 'TIFF', 'WEBP', 'GIF', 'JPEG2000', 'PPM', 'SUN', 'AVIF')
+_RADIANCE = re.compile(rb'#\?(?:RADIANCE|RGBE)\n.*?\n\n[-+]Y (\d{1,9}) [-+]X (\d{1,9})\n', re.DOTALL)
 _NARROW, _TINY = 50, 16
 _EXTRANEOUS = 'extraneous bytes'  # libjpeg's message, for some encoders' files as well as for corrupt ones
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
@@ -83,13 +88,11 @@ class FaultError(Exception):
 
 
 def set_up_worker() -> None:
-    """Prepare a worker process: one thread, stderr captured, no limit by Pillow (``MAX_PIXELS`` is checked before)."""
+    """Prepare a worker process: one thread, stderr captured."""
     global _captured_stderr
     import cv2
-    from PIL import Image
 
     cv2.setNumThreads(0)
-    Image.MAX_IMAGE_PIXELS = None
     _captured_stderr = tempfile.TemporaryFile()  # noqa: SIM115 (open until the process ends)
     os.dup2(_captured_stderr.fileno(), 2)
 
@@ -144,14 +147,20 @@ def read_file(path: str, backend_args: dict | None) -> bytes:
         FaultError: There is none, or it is empty.
     """
     try:
-        if backend_args is None and Path(path).exists() and Path(path).stat().st_size > MAX_BYTES:
-            raise FaultError('image-too-large', f'a file of {Path(path).stat().st_size} bytes')
-        content = get(path, backend_args=backend_args)
+        if backend_args is None and '://' not in path:
+            content = read_regular(path, MAX_BYTES)
+        else:
+            content = get(path, backend_args=backend_args)
     except FileNotFoundError as error:
         link = Path(path).is_symlink()
         raise FaultError('file-missing', f'a link to {Path(path).readlink()}' if link else '') from error
     except OSError as error:
-        raise FaultError('file-unreadable', str(error.strerror or error)) from error
+        kind = 'image-too-large' if error.errno == errno.EFBIG else 'file-unreadable'
+        raise FaultError(kind, str(error.strerror or error)) from error
+    except KeyError as error:  # of MMEngine, for what stands in front of ://
+        raise FaultError('file-unreadable', f'no file backend reads {error}') from error
+    except Exception as error:  # of a storage's client; a name with a null byte
+        raise FaultError('file-unreadable', summarize_error(error)) from error
     if not content:
         raise FaultError('file-empty', '')
     return content
@@ -169,9 +178,8 @@ def decode(content: bytes, loader: Loader) -> tuple[np.ndarray, list[Fault]]:
     import mmcv
 
     header = read_header(content)
-    if header is not None and header.width * header.height > MAX_PIXELS:
-        size = f'{header.width} x {header.height}'
-        raise FaultError('image-too-large', f'{size} in a file of {len(content)} bytes; not decoded')
+    if reason := refuse_size(content, header):
+        raise FaultError('image-too-large', reason)
     _clear_stderr()
     image, reason = None, ''
     try:
@@ -190,12 +198,36 @@ def decode(content: bytes, loader: Loader) -> tuple[np.ndarray, list[Fault]]:
 
 
 def read_header(content: bytes) -> Any:
-    """Pillow's image with its header read and no pixel decoded; ``None`` where Pillow knows no such format."""
+    """Pillow's image with its header read and no pixel decoded; ``None`` for another format than OpenCV's."""
     from PIL import Image
 
-    with contextlib.suppress(Exception):  # the parsers of thirty formats raise all kinds
-        return Image.open(io.BytesIO(content))
-    return None
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # refuse_size compares, in all formats
+    try:
+        return Image.open(io.BytesIO(content), formats=_FORMATS)
+    except Exception:  # the parsers raise all kinds
+        return None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def refuse_size(content: bytes, header: Any) -> str:
+    """Why an image is too large to be decoded: it has more than ``PIL.Image.MAX_IMAGE_PIXELS``; else an empty text.
+
+    Decoded to three channels of 8 bits, these are 270 MB. Radiance HDR, which OpenCV decodes to 12 bytes a pixel
+    and Pillow does not know, may have a fourth of that.
+
+    Args:
+        content: Of the file, or at least its beginning.
+        header: From :func:`read_header`.
+    """
+    from PIL import Image
+
+    size, limit = (header.size if header is not None else (0, 0)), Image.MAX_IMAGE_PIXELS
+    if header is None and (match := _RADIANCE.match(content[:4096])):
+        size, limit = (int(match[2]), int(match[1])), limit and limit // 4
+    if limit is None or size[0] * size[1] <= limit:
+        return ''
+    return f'{size[0]} x {size[1]}, more than {limit} pixels (PIL.Image.MAX_IMAGE_PIXELS); not decoded'
 
 
 def is_truncated(content: bytes, header: Any) -> bool:

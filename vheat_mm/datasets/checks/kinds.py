@@ -44,7 +44,7 @@ _ERRORS = {
     # --- any file
     'file-missing': ('file is missing', _STOPS, 'correct the path or data_prefix, or remove the entry'),
     'file-empty': ('file of zero bytes', _STOPS, _COPY),
-    'file-unreadable': ('file cannot be read', _STOPS, 'correct its permissions or the storage'),
+    'file-unreadable': ('file cannot be read', _STOPS, 'correct its permissions, the storage or the link'),
     'not-an-image': ('file is no image', _STOPS, _COPY),
     'image-truncated': ('image is truncated', 'stops, or with OpenCV 4 learns from an image whose end is grey', _COPY),
     'image-corrupt': ('pixels are corrupt', 'stops, or learns from a corrupt image (JPEG)', _COPY),
@@ -72,8 +72,14 @@ _ERRORS = {
     'class-folder-hidden': ('folder of another program taken as a class', 'numbers it as a class', 'remove the folder'),
     # --- COCO annotation files
     'json-malformed': ('annotation file is no JSON', _NOT_BUILT, 'write the file again from its source'),
+    'json-key-twice': ('key occurs twice in one object', 'uses the last value, drops the first', 'keep the right one'),
     'json-entry-malformed': ('entry does not have the form of COCO', _NOT_BUILT, 'correct or remove the entry'),
     'json-field-missing': ('entry lacks a field', _NOT_BUILT, 'add the field; mmdet needs it'),
+    'id-type': (
+        'id that is text in one place and a number in another, or text where pycocotools needs numbers',
+        'ignores the annotation, or stops after the first epoch',
+        'write all ids as numbers',
+    ),
     'classes-missing': ('categories lack names of metainfo.classes', _AT_START, 'make the names alike, case included'),
     'classes-order': ('categories or folders are in another order than metainfo.classes', _AT_START, 'use their order'),
     'no-usable-annotation': ('no annotation can be used', _NOT_BUILT, 'check image ids, categories, metainfo.classes'),

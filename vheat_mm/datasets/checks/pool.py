@@ -1,31 +1,31 @@
 """Worker processes of which one may crash or hang without losing more than its job.
 
 Neither ``concurrent.futures`` nor ``multiprocessing.Pool`` does that: the first fails all jobs that are under way when
-a worker dies, the second waits for the lost result forever.
+a worker dies, the second waits for the lost result forever. Here each process gets a batch of jobs and sends a result
+for each; if it dies, the number of results tells the job that killed it, and a new process gets the rest.
 """
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+from vheat_mm.utils.process import end_with_parent
 
 Job = TypeVar('Job')
 Result = TypeVar('Result')
 
 # Seconds after which a job is given up.
 TIMEOUT = 180.0
-# Jobs sent to a worker in advance, so that it never waits for the next one.
-QUEUED = 4
+# Jobs of a process: few at first, so that few jobs occupy all processes. Forking one takes some ten milliseconds.
+FIRST_BATCH, LARGEST_BATCH = 4, 256
 
 
 class WorkerCrash(NamedTuple):
@@ -51,24 +51,19 @@ def run_jobs(
         timeout: Seconds for one job, after which its worker is killed (not on Windows).
     """
     # Forked processes have the libraries loaded already; importing them takes seconds.
-    context = multiprocessing.get_context('fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn')
+    context: Any = multiprocessing.get_context('fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn')
     source = iter(jobs)
+    size = FIRST_BATCH
     running: dict[Connection, tuple[BaseProcess, deque[Job]]] = {}
 
-    def start(queue: deque[Job]) -> None:
-        if queue:
-            ours, theirs = context.Pipe()
-            arguments = (theirs, os.getpid(), function, set_up, timeout)
-            process = context.Process(target=_work, args=arguments, daemon=True)  # type: ignore[attr-defined]
+    def start(batch: deque[Job]) -> None:
+        if batch:
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(theirs, os.getpid(), function, batch, set_up, timeout))
+            process.daemon = True
             process.start()
             theirs.close()  # so that reading our end fails once the worker is gone
-            running[ours] = process, queue
-            send(ours, *queue)
-
-    def send(connection: Connection, *new: Job) -> None:
-        with contextlib.suppress(OSError):  # the worker has crashed: its queue goes to the next one
-            for job in new:
-                connection.send(job)
+            running[ours] = process, batch
 
     def stop(connection: Connection) -> None:
         process, _ = running.pop(connection)
@@ -78,13 +73,11 @@ def run_jobs(
 
     try:
         for _ in range(workers):
-            start(deque(islice(source, QUEUED)))
+            start(deque(islice(source, size)))
         while running:
             for connection in wait(list(running)):
                 assert isinstance(connection, Connection)
-                queue = running[connection][1]
-                job, new = queue.popleft(), list(islice(source, 1))
-                queue += new
+                batch = running[connection][1]
                 result: Result | Exception | WorkerCrash
                 try:
                     result = connection.recv()
@@ -92,11 +85,11 @@ def run_jobs(
                     result = WorkerCrash()
                 if isinstance(result, Exception):
                     raise result
-                if isinstance(result, WorkerCrash) or not queue:
+                job = batch.popleft()
+                if isinstance(result, WorkerCrash) or not batch:
                     stop(connection)
-                    start(queue)
-                else:
-                    send(connection, *new)
+                    size = min(size + 1, LARGEST_BATCH)
+                    start(batch or deque(islice(source, size)))
                 yield job, result
     finally:
         for connection in list(running):
@@ -107,17 +100,17 @@ def _work(
     connection: Connection,
     parent: int,
     function: Callable[[Job], Result],
+    jobs: Iterable[Job],
     set_up: Callable[[], None] | None,
     timeout: float,
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    end_with_parent(signal.SIGKILL, parent)
     try:
         if set_up is not None:
             set_up()
-        while True:
-            job = connection.recv()
+        for job in jobs:
             _set_timer(timeout)  # its signal kills the process, also inside of a decoder
             result = function(job)
             _set_timer(0)
@@ -129,10 +122,3 @@ def _work(
 def _set_timer(seconds: float) -> None:
     if hasattr(signal, 'setitimer'):  # not on Windows
         signal.setitimer(signal.ITIMER_REAL, seconds)
-
-
-def _exit_with_parent(parent: int) -> None:
-    # The pipe does not tell: workers forked later hold the parent's end open.
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)

@@ -13,7 +13,7 @@ from mmengine.fileio import exists, get_file_backend, list_from_file
 
 from vheat_mm.datasets.checks.coco import judge_coco, read_coco
 from vheat_mm.datasets.checks.datasets import Part
-from vheat_mm.datasets.checks.json_stream import MalformedJsonError
+from vheat_mm.datasets.checks.json_file import MalformedJsonError
 from vheat_mm.datasets.checks.label_maps import MapRule
 from vheat_mm.datasets.checks.report import Finding
 from vheat_mm.datasets.checks.voc import read_voc
@@ -56,20 +56,23 @@ def list_samples(part: Part, note: Note) -> Iterator[Sample]:
     else:
         yield from _list_loaded(part, note)
         return
-    if exists(part.dataset.ann_file):
+    path = part.dataset.ann_file
+    if not exists(path):
+        note(Finding('file-missing', path, 'the annotation file'))
+        return
+    try:
         yield from reader(part, note)
-    else:
-        note(Finding('file-missing', part.dataset.ann_file, 'the annotation file'))
+    except OSError as error:
+        note(Finding('file-unreadable', path, str(error.strerror or error)))
+    except MalformedJsonError as error:
+        note(Finding('json-malformed', path, str(error)))
+    except UnicodeDecodeError as error:
+        note(Finding('label-malformed', path, f'not UTF-8 ({error.reason} at byte {error.start})'))
 
 
 def _list_coco(part: Part, note: Note) -> Iterator[Sample]:
     path = part.dataset.ann_file
-    try:
-        content = read_coco(path)
-    except (MalformedJsonError, OSError) as error:
-        kind = 'file-unreadable' if isinstance(error, OSError) else 'json-malformed'
-        note(Finding(kind, path, str(error)))
-        return
+    content = read_coco(path, part.with_mask)
     for finding in judge_coco(content, part.classes, part.trains, part.with_mask, bool(part.metrics)):
         note(finding)
     for other in {name for name in part.metrics.values() if not _is_same(name, path)}:

@@ -108,7 +108,7 @@ class AnnotationCheckHook(Hook):
         if errors:
             raise AnnotationError(
                 f'{_sentence(report, errors[0])}\npython tools/misc/check_dataset.py CONFIG lists all '
-                f'{sum(counts[kind] for kind in errors)} errors. To train in spite of them, set custom_hooks='
+                f'{sum(counts[kind] for kind in errors)} errors. To go on in spite of them, set custom_hooks='
                 f'[dict(type="AnnotationCheckHook", allow={errors})]'
             )
 

@@ -143,7 +143,8 @@ def _one_line(error: Exception) -> str:
 
 def _is_storage_error(error: BaseException) -> bool:
     """Whether the storage failed, not this file: then waiting helps, and another sample does not."""
-    of_file = (None, errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR)
+    of_file = {None, errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+    of_file |= {errno.EINVAL, errno.ENXIO, errno.EFBIG}  # a pipe or a device, a socket, a file that is too large
     return isinstance(error, OSError) and error.errno not in of_file
 
 
