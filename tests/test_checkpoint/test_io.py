@@ -1,11 +1,14 @@
 """Keys with any prefix, corrupt content, downloads, and targets that must not be replaced."""
 
+import errno
 import functools
 import http.server
 import os
+import socket
 import stat
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -128,7 +131,7 @@ def test_url(site, make_vheat, backbone):
     model.init_weights()
     assert torch.equal(model.freq_embed[0], backbone['freq_embed.0'])
     (folder / 'x.pth').unlink()
-    assert 'model' in read_checkpoint(f'{address}/x.pth')  # from the cache
+    assert 'model' in read_checkpoint(f'{address}/x.pth?download=1')  # from the cache
     with pytest.raises(CheckpointError, match=r'could not download.*nothing.pth.*404'):
         read_checkpoint(f'{address}/nothing.pth')
 
@@ -145,4 +148,105 @@ def test_first_process_of_each_machine_downloads(site, backbone, monkeypatch, lo
     else:
         with pytest.raises(CheckpointError, match='no checkpoint at'):
             read_checkpoint(f'{address}/x.pth')
-    assert (Path(torch.hub.get_dir()) / 'checkpoints' / 'x.pth').exists() == downloads
+    assert bool(list(Path(torch.hub.get_dir()).glob('checkpoints/x-*.pth'))) == downloads
+
+
+def test_each_address_has_its_own_file(site, backbone):
+    folder, address = site
+    for run in 'ab':
+        (folder / run).mkdir()
+        torch.save(dict(run=run), folder / run / 'epoch_12.pth')
+    for _ in range(2):  # downloaded, and from the cache
+        assert [read_checkpoint(f'{address}/{run}/epoch_12.pth') for run in 'ab'] == [dict(run='a'), dict(run='b')]
+    assert read_checkpoint(f'{address}/a/epoch_12.pth?version=2') == dict(run='a')
+    assert len(list(Path(torch.hub.get_dir()).glob('checkpoints/*'))) == 3
+
+
+@pytest.mark.parametrize('name', ['x.pth', 'x.safetensors'])
+def test_an_answer_that_is_no_checkpoint_is_not_kept(site, name):
+    folder, address = site
+    (folder / name).write_text('<html>please log in</html>')
+    with pytest.raises(CheckpointError, match=r'not a (PyTorch|safetensors) file'):
+        read_checkpoint(f'{address}/{name}')
+    save_atomically({'x': torch.ones(2)}, folder / name)
+    assert torch.equal(read_checkpoint(f'{address}/{name}')['x'], torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    'start', ['HTTP/1.1 200 OK\r\nX-Slow: ', 'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;']
+)
+def test_an_answer_that_drips_ends_in_time(tmp_path, monkeypatch, start):
+    """Each byte comes within the time limit of the socket, inside of a header or of the length of a chunk."""
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr('vheat_mm.checkpoint.download._TIMEOUT', 0.3)
+    ended = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(start.encode())
+            while not ended.wait(0.05):
+                connection.sendall(b'a')
+
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        thread = threading.Thread(target=drip, args=[listener], daemon=True)
+        thread.start()
+        before = time.monotonic()
+        with pytest.raises(CheckpointError, match=r'sent \d+ bytes in'):
+            read_checkpoint(f'http://127.0.0.1:{listener.getsockname()[1]}/x.pth')
+        assert time.monotonic() - before < 5
+        ended.set()
+        thread.join()
+    assert not list(tmp_path.rglob('*.pth*'))
+
+
+# --- disks that refuse what most allow
+
+
+@pytest.mark.parametrize('place', ['pathlib.Path.chmod', 'os.chmod', 'os.fchmod', 'os.fsync'])
+def test_a_disk_that_refuses(tmp_path, monkeypatch, place):
+    """vfat and exfat refuse chmod; some network file systems fsync."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, 'Operation not permitted')
+
+    monkeypatch.setattr(place, refuse)
+    save_atomically({'x': torch.ones(2)}, tmp_path / 'x.pth')
+    monkeypatch.undo()
+    assert 'x' in read_checkpoint(tmp_path / 'x.pth')
+    (tmp_path / 'usual').touch()
+    assert (tmp_path / 'x.pth').stat().st_mode == (tmp_path / 'usual').stat().st_mode
+
+
+def test_a_failed_fsync_is_an_error(tmp_path, monkeypatch):
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, 'Input/output error')
+
+    (tmp_path / 'x.pth').write_bytes(b'before')
+    monkeypatch.setattr('os.fsync', fail)
+    with pytest.raises(CheckpointError, match=r'Input/output error.*earlier content is unchanged'):
+        save_atomically({'x': torch.ones(2)}, tmp_path / 'x.pth')
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b'before']
+
+
+@pytest.mark.parametrize('busy', [1, 9])
+def test_a_rename_that_is_refused_is_tried_again(tmp_path, monkeypatch, busy):
+    rename, calls = Path.replace, []
+
+    def refuse(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) <= busy:
+            raise OSError(errno.EBUSY, 'Device or resource busy')
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, 'replace', refuse)
+    monkeypatch.setattr('time.sleep', lambda _: None)
+    (tmp_path / 'x.pth').write_bytes(b'before')
+    if busy == 9:
+        with pytest.raises(CheckpointError, match='Device or resource busy'):
+            save_atomically({'x': torch.ones(2)}, tmp_path / 'x.pth')
+        assert [path.read_bytes() for path in tmp_path.iterdir()] == [b'before']
+    else:
+        save_atomically({'x': torch.ones(2)}, tmp_path / 'x.pth')
+        assert 'x' in read_checkpoint(tmp_path / 'x.pth')

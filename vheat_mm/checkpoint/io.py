@@ -7,10 +7,14 @@ safetensors.
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import os
 import pickle
 import re
-import tempfile
+import secrets
+import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +25,7 @@ from torch import Tensor
 
 from vheat_mm.checkpoint.download import download
 from vheat_mm.checkpoint.safe_globals import register_safe_globals
-from vheat_mm.checkpoint.verify import check_content, check_safetensors, open_file
+from vheat_mm.checkpoint.verify import check_content, check_safetensors, open_file, verify
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.text import first_line
 
@@ -34,7 +38,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Read a checkpoint file onto the CPU without running any code from it.
 
     Args:
-        path: Local path or http(s) URL (downloaded once, into PyTorch's hub cache).
+        path: Local path or http(s) URL (downloaded once, into PyTorch's hub cache, under a name of its own
+            for each address).
 
     Raises:
         CheckpointError: The file is missing, truncated or corrupt, or holds a class that is not on the list of allowed
@@ -112,21 +117,41 @@ def atomic_file(target: Path) -> Iterator[IO[bytes]]:
 
     A process that is killed meanwhile leaves the file behind, as ``.<target>.<random>.part`` in the same folder.
     """
-    with tempfile.NamedTemporaryFile(
-        dir=target.parent, prefix=f'.{target.name}.', suffix=PARTIAL, delete=False
-    ) as file:
-        try:
+    # Opened, not made by tempfile: the system then sets the usual mode, and no chmod is needed, which vfat refuses.
+    part = target.with_name(f'.{target.name}.{secrets.token_hex(4)}{PARTIAL}')
+    try:
+        with part.open('xb+') as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(file.name).chmod(0o666 & ~umask)  # tempfile makes it readable by its owner only
-            Path(file.name).replace(target)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+            _sync(file.fileno())
+        _replace(part, target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     _sync_folder(target.parent)
+
+
+def _sync(descriptor: int) -> None:
+    """Write a file to the disk; some network and user-space file systems cannot be told to."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCES):
+            raise
+
+
+def _replace(part: Path, target: Path) -> None:
+    """Rename; network file systems refuse it for a moment while another machine has the target open."""
+    for delay in (0.1, 0.4, 1.0):
+        try:
+            part.replace(target)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EEXIST, errno.EAGAIN):
+                raise
+            time.sleep(delay)
+        else:
+            return
+    part.replace(target)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -151,15 +176,22 @@ def _read_safetensors(file: Path) -> StateDict:
 
 
 def _download(url: str) -> Path:
-    target = Path(torch.hub.get_dir()) / 'checkpoints' / url.split('?')[0].rsplit('/', 1)[-1]
+    """The file of an address in PyTorch's hub cache, where it is downloaded to and checked unless it is there."""
+    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
+    # The name alone does not tell an epoch_12.pth from another one; the address, with its query, does.
+    digest = hashlib.sha256(url.split('#')[0].encode()).hexdigest()[:12]
+    target = Path(torch.hub.get_dir()) / 'checkpoints' / f'{Path(name).stem[:100]}-{digest}{Path(name).suffix[:20]}'
     # The cache is local to each machine, so its first process downloads; torchrun sets LOCAL_RANK.
     rank = int(os.environ.get('LOCAL_RANK', get_dist_info()[0]))
-    if rank == 0 and not target.exists():
-        try:
+    try:
+        if rank == 0 and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(target) as file:
                 download(url, file)
-        except OSError as error:
-            raise CheckpointError(f'could not download {url!r} to {str(target)!r}: {first_line(error)}') from error
-    barrier()
+                file.flush()
+                verify(file, url, target.suffix == '.safetensors')  # an error page is not kept
+    except OSError as error:
+        raise CheckpointError(f'could not download {url!r} to {str(target)!r}: {first_line(error)}') from error
+    finally:
+        barrier()
     return target

@@ -51,12 +51,17 @@ def verify_file(path: str | os.PathLike) -> None:
     """
     name = os.fspath(path)
     with open_file(name) as file:
-        if is_zip(file):
-            check_zip(file, name)
-        elif name.endswith('.safetensors'):
-            check_safetensors(file, name)
-        else:
-            check_stream(file, name)
+        verify(file, name, name.endswith('.safetensors'))
+
+
+def verify(file: IO[bytes], name: str, safetensors: bool) -> None:
+    """:func:`verify_file` of an open file, which has a path; ``name`` is for errors."""
+    if is_zip(file):
+        check_zip(file, name)
+    elif safetensors:
+        check_safetensors(file, name)
+    else:
+        check_stream(file, name)
 
 
 def check_content(file: IO[bytes], name: str, checksums: bool = True) -> None:
