@@ -14,6 +14,7 @@ from mmengine.runner import CheckpointLoader
 
 from vheat_mm.checkpoint.io import atomic_file, read_checkpoint
 from vheat_mm.datasets.checks.images import MAX_BYTES, read_header, refuse_size
+from vheat_mm.models.pretrained_init import replace_pretrained_init
 from vheat_mm.utils.files import open_regular, read_regular
 
 
@@ -28,7 +29,8 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
 
 
 def install() -> None:
-    """Make MMEngine use :func:`load_from_local` and :class:`AtomicLocalBackend` in this process."""
+    """Make MMEngine use :func:`load_from_local`, :class:`AtomicLocalBackend` and strict weights in this process."""
+    replace_pretrained_init()
     register_backend('local', AtomicLocalBackend, prefixes='', force=True)
     CheckpointLoader.register_scheme(prefixes=('', 'http://', 'https://'), loader=load_from_local, force=True)
 

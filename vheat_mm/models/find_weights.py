@@ -19,7 +19,6 @@ from vheat_mm.utils.text import first_line, some_of
 ANCHOR = 'patch_embed.conv1.weight'  # a key of every vHeat state dict, whatever the task
 MAX_GRID = 1 << 12  # entries per side of an FVE: images of 16384 pixels
 _MAX_WIDTH = 1 << 12
-_BANDS, _ANCHOR_KERNEL = 3, 3 * 3  # input channels and kernel; the output channels are half the network's width
 
 # key of the released classifier -> key of mmpretrain's ImageClassifier: inside the backbone, and outside of it
 _OUT_NORM_OF_CLASSIFIER = ('classifier.0.', 'outnorm3.')
@@ -82,14 +81,22 @@ def find_weights(
         )
     weights = Weights(path=path, entry=entry, prefix=prefixes[0])
     wrapper = re.sub(r'(?<![^.])(backbone\.)?(_orig_mod\.)?$', '', weights.prefix)
+    sources: dict[tuple[bool, str], str] = {}  # (of the head, key) -> key in the file
     for key, value in state.items():
         inner = key.removeprefix(weights.prefix)
+        of_head = bool(weights.prefix and inner == key) or inner.startswith(_HEAD_OF_CLASSIFIER[0])
         if weights.prefix and inner == key:
-            weights.head[key.removeprefix(wrapper)] = value
-        elif inner.startswith(_HEAD_OF_CLASSIFIER[0]):
-            weights.head[inner.replace(*_HEAD_OF_CLASSIFIER, 1)] = value
-        else:
-            weights.backbone[inner.replace(*_OUT_NORM_OF_CLASSIFIER, 1)] = value
+            inner = key.removeprefix(wrapper)
+        elif of_head:
+            inner = inner.replace(*_HEAD_OF_CLASSIFIER, 1)
+        elif inner.startswith(_OUT_NORM_OF_CLASSIFIER[0]):
+            inner = inner.replace(*_OUT_NORM_OF_CLASSIFIER, 1)
+        if (other := sources.setdefault((of_head, inner), key)) != key:
+            raise CheckpointError(
+                f'{path!r} holds both {first_line(other)} and {first_line(key)}, which are the same weights of the '
+                'model: remove one of them'
+            )
+        (weights.head if of_head else weights.backbone)[inner] = value
     _check_values(weights)
     return weights
 
@@ -117,9 +124,12 @@ def _select_entry(checkpoint: dict[str, Any], path: str, ema: bool) -> tuple[str
 
 def _check_values(weights: Weights) -> None:
     """Refuse weights of the wrong type and FVEs too large to resize; log a warning for NaN and infinity."""
-    anchor = weights.backbone[ANCHOR]
-    bands = anchor.shape[1] if anchor.ndim == 4 and anchor.numel() else _BANDS
-    path, width = weights.path, 2 * anchor.numel() // (bands * _ANCHOR_KERNEL)
+    path, stem = weights.path, weights.backbone[ANCHOR]
+    if stem.ndim != 4:
+        raise CheckpointError(
+            f'{path!r} is corrupt: {ANCHOR} has shape {tuple(stem.shape)} instead of (C / 2, 3, 3, 3)'
+        )
+    width = 2 * stem.shape[0]
     if width > _MAX_WIDTH:
         raise CheckpointError(f'{path!r} is corrupt: by the shape of {ANCHOR} the network is {width} channels wide')
     for key, value in weights.backbone.items():
@@ -149,6 +159,8 @@ def _is_finite(value: Tensor) -> bool:
     for dim, stride in enumerate(value.stride()):
         if stride == 0:  # an expanded tensor repeats its values: read them once
             value = value.narrow(dim, 0, min(1, value.shape[dim]))
-    if value.numel() == 0 or value.dtype.itemsize == 1:  # aminmax does not take 8-bit floats
+    if value.numel() == 0:
         return True
+    if value.dtype.itemsize == 1:  # aminmax does not take 8-bit floats
+        value = value.float()
     return all(math.isfinite(extreme) for extreme in torch.stack(torch.aminmax(value)).tolist())

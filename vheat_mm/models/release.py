@@ -45,7 +45,7 @@ def _released_vheat(
         dims: Width of the first stage, or all four, each twice the one before.
         post_norm: See :class:`VHeat`, as for ``layer_scale``, ``drop_path_rate``, ``img_size``, ``out_indices``.
         use_checkpoint: ``with_cp`` of :class:`VHeat`.
-        pretrained: Path of a checkpoint, as in ``init_cfg=dict(type='Pretrained', checkpoint=pretrained)``.
+        pretrained: See :class:`VHeat`.
         mlp_ratio: See :class:`VHeat`.
         with_cp: Swin's name of ``use_checkpoint``; either turns it on.
         init_cfg: MMEngine's; one that loads Swin weights belongs to the Swin base config and is dropped.
@@ -63,10 +63,6 @@ def _released_vheat(
             f'these arguments of Swin, or without effect in the release, are not used by vHeat: {", ".join(dropped)}',
             stacklevel=2,
         )
-    if pretrained is not None:
-        if init_cfg is not None:
-            raise ValueError(f'both pretrained={pretrained!r} and init_cfg={init_cfg!r} are given: keep one')
-        init_cfg = dict(type='Pretrained', checkpoint=pretrained)
     return VHeat(
         arch=dict(
             embed_dims=_first_width(dims),
@@ -79,6 +75,7 @@ def _released_vheat(
         drop_path_rate=drop_path_rate,
         out_indices=out_indices,
         with_cp=use_checkpoint or with_cp,
+        pretrained=pretrained,
         init_cfg=init_cfg,
     )
 

@@ -370,6 +370,8 @@ class VHeat(BaseModule):
             after the last of them are not built.
         frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages with their output norms.
         with_cp: Recompute every block's activations in backward to save memory.
+        pretrained: Path of a checkpoint, as in ``init_cfg=dict(type='Pretrained', checkpoint=pretrained)``; mmseg's
+            models pass theirs.
         init_cfg: MMEngine's. ``dict(type='Pretrained', checkpoint=...)`` goes through
             :func:`vheat_mm.models.weights.load_pretrained` and takes its arguments (``prefix``, ``ema``, ``resize``).
 
@@ -388,8 +390,13 @@ class VHeat(BaseModule):
         out_indices: int | Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
         with_cp: bool = False,
+        pretrained: str | None = None,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
+        if pretrained is not None:
+            if init_cfg is not None:
+                raise ValueError(f'both pretrained={pretrained!r} and init_cfg={init_cfg!r} are given: keep one')
+            init_cfg = dict(type='Pretrained', checkpoint=pretrained)
         super().__init__(init_cfg=init_cfg)
         self.init_cfg: dict | list[dict] | None
         self.arch = read_arch(arch)

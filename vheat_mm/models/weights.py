@@ -15,7 +15,7 @@ from vheat_mm.models.arch import ARCHS
 from vheat_mm.models.find_weights import ANCHOR, Weights, find_weights
 from vheat_mm.ops.freq_embed import NUM_STAGES, resize_freq_embed
 from vheat_mm.utils.errors import CheckpointError
-from vheat_mm.utils.text import format_shape, some_of
+from vheat_mm.utils.text import first_line, format_shape, some_of
 
 _FREQ_EMBED = re.compile(r'(?:.+\.)?freq_embed\.\d')
 _OUT_NORM = re.compile(r'(?:backbone\.)?outnorm\d\.')
@@ -155,9 +155,9 @@ class Variant:
             if found := re.match(r'layers\.(\d)\.(\d+)\.op\.dwconv\.weight$', key):
                 stage, block = int(found.group(1)), int(found.group(2))
                 depths[stage] = max(depths.get(stage, 0), block + 1)
-        stem = backbone.get('patch_embed.conv2.weight')  # may be missing: compare() reports that by its key
+        stem = backbone.get('patch_embed.conv2.weight')  # may be missing or damaged: compare() reports that by its key
         return cls(
-            embed_dims=2 * backbone[ANCHOR].shape[0] if stem is None else stem.shape[0],
+            embed_dims=2 * backbone[ANCHOR].shape[0] if stem is None or not stem.ndim else stem.shape[0],
             depths=tuple(depths[stage] for stage in sorted(depths)),
             layer_scale='layers.0.0.gamma1' in backbone,
             deployed='layers.0.0.op.k_exp' in backbone,
@@ -182,6 +182,11 @@ class Variant:
         return f'{self.name} with embed_dims={self.embed_dims}, depths={self.depths}, {scale}'
 
 
+def is_counter(key: str) -> bool:
+    """Whether a key is of the number of batches that BatchNorm counts; files of other programs lack it."""
+    return key.endswith('num_batches_tracked')
+
+
 def check_fit(state: StateDict, own: StateDict, path: str, finetune: bool) -> str:
     """Check the weights of a whole model, of which those of the backbone start with ``backbone.``.
 
@@ -197,10 +202,6 @@ def check_fit(state: StateDict, own: StateDict, path: str, finetune: bool) -> st
     Raises:
         CheckpointError: Weights would be left out.
     """
-
-    def is_counter(key: str) -> bool:
-        return key.endswith('num_batches_tracked')
-
     found = wrong = compare(state, own, 'backbone.').without(is_counter)
     if finetune:
         backbone = compare(_backbone_of(state), _backbone_of(own), 'backbone.')
@@ -259,15 +260,18 @@ def load_pretrained(
     weights = find_weights(read_checkpoint(path), path, prefix, ema)
     own = model.state_dict()
     variant = _check_variant(weights, own)
-    backbone, note = _adapt_bands(weights.backbone, own[ANCHOR].shape[1])
+    backbone, note = adapt_bands(weights.backbone, own, path)
     found = compare(backbone, own, backbone='')
     wrong = found.without(_OUT_NORM.match)
     if not wrong.fits:
         raise CheckpointError(f'{path!r} does not fit this model, {variant}; {wrong}. Nothing was loaded.')
-    state = {key: value for key, value in backbone.items() if key in own}
-    for key in found.resized:
-        state[key] = resize_freq_embed(state[key], (own[key].shape[0], own[key].shape[1]), mode=resize)
-    model.load_state_dict(state, strict=False)
+    try:
+        state = dict(backbone)
+        for key in found.resized:
+            state[key] = resize_freq_embed(state[key], (own[key].shape[0], own[key].shape[1]), mode=resize)
+        load_fitting(model, state)
+    except RuntimeError as error:  # memory, and types of numbers without interpolation or conversion
+        raise CheckpointError(f'{path!r} cannot be loaded: {first_line(error)}') from error
     found.left_over += weights.head
     print_log(
         f'Weights of {variant.name} from {path!r}, entry {weights.entry!r}: {found.report(resize)}{note}',
@@ -276,20 +280,28 @@ def load_pretrained(
     return weights
 
 
-def _adapt_bands(backbone: StateDict, bands: int) -> tuple[StateDict, str]:
+def adapt_bands(state: StateDict, own: StateDict, path: str, key: str = ANCHOR) -> tuple[StateDict, str]:
     """Fit a first convolution of three bands to images of another number, as timm does; a note for the log.
 
     One band gets the sum of the three. More get copies of them in turn, scaled so that the output keeps its range.
     """
-    weight = backbone[ANCHOR]
-    if weight.ndim != 4 or weight.shape[1] != 3 or bands == 3:
-        return backbone, ''
+    weight, bands = state.get(key), own[key].shape[1]
+    if not isinstance(weight, Tensor) or weight.ndim != 4 or weight.shape[1] != 3 or bands == 3:
+        return state, ''
+    if weight.dtype.itemsize == 1:
+        raise CheckpointError(f'{path!r} cannot be fitted to {bands} bands: {key} holds {weight.dtype}')
     if bands == 1:
         adapted, how = weight.sum(dim=1, keepdim=True), 'their sum'
     else:
         adapted = weight[:, [band % 3 for band in range(bands)]] * (3 / bands)
         how = f'repeated in turn, times 3/{bands}'
-    return {**backbone, ANCHOR: adapted}, f'\n  {ANCHOR} adapted from 3 bands to {bands}: {how}'
+    return {**state, key: adapted}, f'\n  {key} adapted from 3 bands to {bands}: {how}'
+
+
+def load_fitting(module: nn.Module, state: StateDict) -> None:
+    """Load the tensors that the module has in that shape, or FVEs of another grid."""
+    found = compare(state, module.state_dict())
+    module.load_state_dict({k: v for k, v in state.items() if k in found.own and k not in found.reshaped}, strict=False)
 
 
 def resize_loaded_freq_embeds(model: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:

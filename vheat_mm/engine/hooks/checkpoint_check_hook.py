@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
-
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
 
-from vheat_mm.checkpoint.io import StateDict
-from vheat_mm.models.find_weights import find_weights
+from vheat_mm.models.pretrained_init import to_mmengine
 from vheat_mm.models.weights import check_fit
 from vheat_mm.utils.dist import unwrap
 from vheat_mm.utils.errors import CheckpointError
@@ -51,15 +47,9 @@ class CheckpointCheckHook(Hook):
                 f'cannot resume from {path!r}: it holds weights but no training state; to start a new training '
                 'from these weights, drop --resume and pass --cfg-options load_from=PATH'
             )
-        state = self._to_mmengine(checkpoint, own, path)
-        runner.logger.info(check_fit(state, own, path, finetune))
-
-    def _to_mmengine(self, checkpoint: dict[str, Any], own: StateDict, path: str) -> StateDict:
-        """Convert ``checkpoint`` to MMEngine's format, in place, and return its weights."""
-        state = checkpoint.get('state_dict', checkpoint)
-        state = {re.sub(r'^module\.', '', key): value for key, value in state.items()}
-        if not own.keys() & state.keys():  # keys of another format, or another model
-            state = find_weights(checkpoint, path, ema=self.ema).to_mmengine()
+        converted = to_mmengine(checkpoint, own, path, self.ema, finetune)
+        if 'state_dict' not in checkpoint:
             checkpoint.clear()
-        checkpoint['state_dict'] = state
-        return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        checkpoint['state_dict'] = converted
+        state = {key: value for key, value in converted.items() if isinstance(value, Tensor)}
+        runner.logger.info(check_fit(state, own, path, finetune))
