@@ -140,6 +140,8 @@ def train(
     ema=False,
     logged=10,
     seed=5,
+    early=None,
+    change=None,
 ):
     """Train for ``length`` iterations of 2 samples, or epochs of 4 iterations; returns weights and batches.
 
@@ -149,6 +151,8 @@ def train(
         checkpoint: Changes of the checkpoint hook's config.
         validate: Interval, 0 for never.
         send: Arguments of SignalItself.
+        early: Arguments of EarlyStoppingHook.
+        change: Called with the arguments of the runner.
     """
     RecordBatches.batches = []
     loop = dict(by_epoch=True, max_epochs=length) if by_epoch else dict(by_epoch=False, max_iters=length)
@@ -160,7 +164,7 @@ def train(
     )
     hook = dict(type='CheckpointHook', interval=1 if by_epoch else 3, by_epoch=by_epoch)
     with mock.patch.object(Runner, '_log_env'):  # runs compilers to get their versions
-        runner = Runner(
+        settings = dict(
             model=dict(type='DropoutLine'),
             work_dir=str(work_dir),
             train_dataloader=dict(**loader, sampler=dict(type=sampler, shuffle=True)),
@@ -178,6 +182,7 @@ def train(
                 *([dict(type='EMAHook', momentum=0.3)] if ema else []),
                 *(dict(type=name) for name in hooks),
                 *([dict(type='SignalItself', **send)] if send else []),
+                *([dict(type='EarlyStoppingHook', **early)] if early else []),
             ],
             randomness=dict(seed=seed),
             resume=resume is not None,
@@ -186,6 +191,9 @@ def train(
             log_level='ERROR',
             experiment_name=f'{next(_counter)}',  # MMEngine keeps loggers by name
         )
+        if change is not None:
+            change(settings)
+        runner = Runner(**settings)
     # Workers are ended explicitly: the garbage collector would wait for them later.
     try:
         with mock.patch('mmengine.runner.loops.time'):  # MMEngine sleeps two seconds at the end of each pass

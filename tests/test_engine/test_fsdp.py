@@ -19,6 +19,7 @@ from vheat_mm import VHeat
 from vheat_mm.checkpoint.io import read_checkpoint
 from vheat_mm.checkpoint.safe_globals import register_safe_globals
 from vheat_mm.engine.strategies.fsdp import FSDP, ShardedStrategy
+from vheat_mm.utils.errors import StopRequested
 
 register_safe_globals()
 TINY = dict(arch=dict(embed_dims=4, depths=(1, 1, 2, 1)), img_size=64)
@@ -108,6 +109,15 @@ def in_process(rank, port, folder):
     results = dict(full=train_sharded(folder / 'full'))
     start = dict(resume=True, load_from=str(folder / 'full' / 'epoch_1.pth'))
     results['resumed'] = train_sharded(folder / 'resumed', scale=2.0, **start)
+    hooks = [dict(type='ReproducibleHook'), dict(type='StopSignalHook')]
+    stop = dict(scale=None, default_hooks=dict(checkpoint=dict(type='AtomicCheckpointHook')))
+    results['whole'] = train_sharded(folder / 'whole', custom_hooks=hooks, **stop)
+    send = [dict(type='SignalItself', after=2 if rank else None)]
+    with pytest.raises(StopRequested):
+        train_sharded(folder / 'stopped', custom_hooks=hooks + send, **stop)
+    newest = dict(resume=True, load_from=str(folder / 'stopped' / 'interrupted.pth'))
+    stop['experiment_name'] = 'again'
+    results['continued'] = train_sharded(folder / 'stopped', custom_hooks=hooks, **stop, **newest)
     results['broken'] = train_sharded(folder / 'broken', scale=None, broken=(5, 12), epochs=1)
     finish(results, rank, folder)
 
@@ -145,6 +155,14 @@ def test_resumed_training_equals_uninterrupted(two_processes):
     for own in results:
         assert_close(own['resumed']['weights'], own['full']['weights'], 0)
         assert own['resumed']['scale'] == 1024  # not the initial scale 2
+
+
+def test_interrupted_within_an_epoch(two_processes):
+    folder, results = two_processes
+    for own in results:
+        assert_close(own['continued']['weights'], own['whole']['weights'], 0)
+    last = read_checkpoint(folder / 'stopped' / 'epoch_2.pth')['meta']
+    assert (last['epoch'], last['iter']) == (2, 8)
 
 
 def test_checkpoints_hold_full_weights(two_processes):

@@ -15,7 +15,9 @@ from typing import IO, Any, NoReturn, cast
 from vheat_mm.checkpoint.zip_layout import Record
 from vheat_mm.utils.errors import CheckpointError
 
-MAX_OPCODES = 500_000  # vHeat-base with moving average and AdamW, one parameter group per weight, has 78 225
+# vHeat-base with moving average and AdamW, one parameter group per weight, has 78 225; 90 000 class names with colours
+# have a million in 4 MB. A file of less than 1 MB has at most the first number, which takes about a second.
+MAX_OPCODES, MOST_OPCODES = 500_000, 4_000_000
 MAX_DEPTH = 100
 _MAX_KEY = 1 << 31  # larger integers can be chosen to have equal hashes, which makes a dict slow
 
@@ -72,7 +74,7 @@ class PickleInspector(abc.ABC):
         self.name = name
         self.records = records
         self.length = length
-        self.left = MAX_OPCODES
+        self.limit = self.left = max(MAX_OPCODES, min(length // 2, MOST_OPCODES))
 
     def read(self, stream: IO[bytes]) -> Any:
         """Follow one pickle from the stream's position to its end.
@@ -90,7 +92,7 @@ class PickleInspector(abc.ABC):
             for opcode, argument, _ in pickletools.genops(stream):
                 self.left -= 1
                 if self.left < 0:
-                    self.refuse(f'it takes more than {MAX_OPCODES} pickle opcodes')
+                    self.refuse(f'it takes more than {self.limit} pickle opcodes')
                 if opcode.name in _PUSHED:
                     if opcode.name == 'SHORT_BINSTRING' and not cast(str, argument).isascii():
                         self.refuse('it holds a byte string of Python 2')

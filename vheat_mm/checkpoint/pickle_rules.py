@@ -95,6 +95,7 @@ class CheckpointInspector(PickleInspector):
             'torch.device': self._device,
             '_codecs.encode': self._bytes,
             'builtins.bytearray': self._bytes,
+            'builtins.bytes': lambda: Value('bytes'),  # empty
             'builtins.set': self._set,
             'builtins.complex': self._complex,
             'builtins.getattr': self._method,

@@ -43,6 +43,11 @@ def _history_buffer_method(owner: object, name: str) -> object:
     return getattr(owner, name)
 
 
+def _empty_bytes() -> bytes:
+    """``bytes`` for pickles of empty bytes and arrays, which call it without arguments."""
+    return b''
+
+
 def register_safe_globals() -> None:
     """Allow PyTorch's safe loader the classes in MMEngine's and the released checkpoints.
 
@@ -57,6 +62,7 @@ def register_safe_globals() -> None:
         [
             HistoryBuffer,
             (_history_buffer_method, 'builtins.getattr'),
+            (_empty_bytes, 'builtins.bytes'),
             # The configuration in released checkpoints, read as a plain dict; yacs need not be installed.
             (OrderedDict, 'yacs.config.CfgNode'),
             *_numpy_globals(),

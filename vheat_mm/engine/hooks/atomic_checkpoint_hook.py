@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 
 from vheat_mm.checkpoint.resume import LAST, find_newest, stale_parts
 from vheat_mm.engine.fileio import AtomicLocalBackend
+from vheat_mm.engine.hooks.readable_checkpoint_hook import ReadableCheckpointHook
 from vheat_mm.engine.runner.log_writes import ignore_log_write_errors
 from vheat_mm.utils.dist import any_rank
 from vheat_mm.utils.errors import CheckpointError
@@ -40,6 +41,8 @@ class AtomicCheckpointHook(CheckpointHook):
     """
 
     _failed: OSError | None = None
+    _readable: ReadableCheckpointHook | None = None
+    _saved_iterations = -1  # of the last checkpoint; known to rank 0
     _meta: dict = {}  # noqa: RUF012 (replaced, never changed in place)
     # Attributes of MMEngine's class, which declares no types.
     backend_args: dict | None
@@ -48,6 +51,9 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def before_run(self, runner: Runner) -> None:
         """Choose the checkpoint to resume from if ``resume=True`` names none."""
+        if self._readable is None:
+            self._readable = ReadableCheckpointHook()
+            runner.register_hook(self._readable)
         if runner._resume and runner._load_from is None:
             runner._load_from, notes = find_newest(runner.work_dir)
             runner._resume = runner._load_from is not None
@@ -73,9 +79,14 @@ class AtomicCheckpointHook(CheckpointHook):
                 runner.logger.info(f'{part} removed: temporary file of a killed process')
 
     def after_train(self, runner: Runner) -> None:
-        """Retry the last save if it failed. Raises OSError if it fails again."""
-        if self.save_last and any_rank(self._failed is not None):
-            runner.logger.warning('the last checkpoint could not be written: retrying')
+        """Retry the last save if it failed. Raises OSError if it fails again.
+
+        A training that was stopped early (by ``EarlyStoppingHook``) is saved here: MMEngine saves the last epoch only.
+        """
+        early = is_main_process() and runner.train_loop.stop_training and self._saved_iterations != runner.iter
+        if self.save_last and any_rank(self._failed is not None or early):
+            if not early:
+                runner.logger.warning('the last checkpoint could not be written: retrying')
             meta = dict(epoch=runner.epoch, iter=runner.iter)
             step = runner.epoch if self.by_epoch else runner.iter
             self._save_checkpoint_with_step(runner, step, meta)
@@ -113,7 +124,7 @@ class AtomicCheckpointHook(CheckpointHook):
         path, before = self.file_backend.join_path(self.out_dir, name), self.last_ckpt
         runner.message_hub.update_info('last_ckpt', path)
         runner.call_hook('before_collective_save')  # on all ranks; MMEngine's before_save_checkpoint is on rank 0
-        self._meta = meta
+        self._meta = dict(meta)  # FlexibleRunner changes the one that it gets
         try:
             runner.save_checkpoint(
                 self.out_dir,
@@ -134,6 +145,7 @@ class AtomicCheckpointHook(CheckpointHook):
         finally:
             self._meta = {}
         self._failed, self.last_ckpt = None, path
+        self._saved_iterations = meta.get('iter', -1)  # the runner has set it
         if is_main_process():
             try:
                 AtomicLocalBackend().put_text(path, Path(runner.work_dir) / LAST)

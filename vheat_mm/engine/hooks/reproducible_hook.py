@@ -6,7 +6,7 @@ from collections.abc import Generator
 from typing import Any
 
 from mmengine.dist import get_rank, get_world_size
-from mmengine.hooks import Hook
+from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
@@ -17,9 +17,16 @@ from vheat_mm.engine.optimizers.accumulated_gradients import (
 )
 from vheat_mm.engine.runner.data_loading import lazy_iterator, set_fetch, train_loader
 from vheat_mm.engine.runner.resumable_sampler import ITERATION, ResumableBatchSampler, SeededFetch, reseed
+from vheat_mm.engine.runner.run_settings import batches_done, compare_settings, run_settings
+from vheat_mm.engine.runner.stateful_parts import note_stateful_parts
 
 # Entries of a checkpoint's ``meta``, and of the checkpoint.
-BATCHES_DONE, PROCESSES = 'vheat_batches_done', 'vheat_processes'
+BATCHES_DONE, SETTINGS, VALIDATED, EARLY = (
+    'vheat_batches_done',
+    'vheat_settings',
+    'vheat_validated',
+    'vheat_early_stopping',
+)
 GRADIENTS = 'vheat_accumulated_gradients'
 
 
@@ -34,7 +41,14 @@ class ReproducibleHook(Hook):
 
     A checkpoint from within an epoch continues there, where MMEngine repeats the whole epoch. Iteration-based loops
     find their place by drawing indices, where MMEngine loads all earlier images again. Accumulated gradients are
-    saved and restored, too.
+    saved and restored, too, and the state of ``EarlyStoppingHook``. A checkpoint is written before the validation that
+    follows; if it is the last one, the validation is run after resuming.
+
+    What differs between the run and its continuation is logged, one line each, with what follows from it. One line
+    names transforms, samplers and hooks with a state of their own, which no checkpoint holds.
+
+    Raises:
+        CheckpointError: The training state does not fit: another kind of loop, optimizer, schedulers or parameters.
     """
 
     priority = 'LOWEST'  # runs after all hooks that may draw random numbers
@@ -42,18 +56,37 @@ class ReproducibleHook(Hook):
     def __init__(self) -> None:
         self._sampler: ResumableBatchSampler | None = None
         self._epoch = self._batch_idx = -1
+        self._ahead = 0  # batches drawn minus iterations, in iteration-based loops
+        self._seed = 0
+        self._validated = 0  # iteration of the last complete validation
+        self._settings: dict[str, Any] = {}
         self._resumed_meta: dict[str, Any] = {}
         self._resumed_gradients: dict[str, Any] = {}
         self._accumulated: dict[str, Any] | None = None
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Keep the position within the epoch."""
+        """Keep the position, and compare the settings of the run; its state is loaded after this."""
         if runner._resume:
-            self._resumed_meta = checkpoint.get('meta', {})
+            self._resumed_meta = meta = checkpoint.get('meta', {})
             self._resumed_gradients = checkpoint.get(GRADIENTS, {})
+            self._settings = run_settings(runner)
+            for line in compare_settings(meta.get(SETTINGS, {}), self._settings, meta, str(runner._load_from)):
+                runner.logger.warning(f'changed since the checkpoint: {line}')
 
     def before_train(self, runner: Runner) -> None:
-        """Replace the loader's batch sampler."""
+        """Replace the loader's batch sampler, and continue where the checkpoint was written."""
+        self._settings = self._settings or run_settings(runner)
+        self._seed = self._resumed_meta.get('seed', runner.seed)  # FlexibleRunner does not restore it
+        if note := note_stateful_parts(runner):
+            runner.logger.warning(note)
+        self._replace_sampler(runner)
+        _restore_early_stopping(runner, self._resumed_meta.get(EARLY))
+        self._validated = self._resumed_meta.get(VALIDATED, runner.iter)
+        if self._validated != runner.iter and _validates_now(runner, self._resumed_meta.get(BATCHES_DONE, 0)):
+            runner.logger.info('the checkpoint was written before a validation: it is run now')
+            runner.val_loop.run()
+
+    def _replace_sampler(self, runner: Runner) -> None:
         loop, loader = runner.train_loop, train_loader(runner)
         if isinstance(loader.batch_sampler, ResumableBatchSampler):  # this hook is in the config twice
             return
@@ -70,11 +103,11 @@ class ReproducibleHook(Hook):
             samplers: list[Any] = [loader.sampler, getattr(loader.batch_sampler, 'sampler', None)]
             for sampler in samplers:
                 if isinstance(getattr(sampler, 'seed', None), int):  # set before the checkpoint's seed was known
-                    sampler.seed = runner.seed
-        self._sampler = ResumableBatchSampler(loader.batch_sampler, runner.seed, get_rank(), endless)
+                    sampler.seed = self._seed
+        self._sampler = ResumableBatchSampler(loader.batch_sampler, self._seed, get_rank(), endless)
         # PyTorch refuses to set this attribute; a new loader would be unknown to other hooks.
         vars(loader)['batch_sampler'] = self._sampler
-        set_fetch(loader, lambda fetch: SeededFetch(fetch, runner.seed, get_rank()))
+        set_fetch(loader, lambda fetch: SeededFetch(fetch, self._seed, get_rank()))
         restore_gradients(runner.model, self._resumed_gradients)
         self._resumed_gradients = {}
 
@@ -85,10 +118,12 @@ class ReproducibleHook(Hook):
         if self._sampler is None:
             return
         if isinstance(loop, IterBasedTrainLoop):
-            self._sampler.start = runner.iter
+            if SETTINGS in self._resumed_meta:
+                self._ahead = self._batches_done() - runner.iter
+            self._sampler.start = runner.iter + self._ahead
             loop.dataloader_iterator = lazy_iterator(loop.dataloader, skip=runner.iter)
             return
-        start, self._resumed_meta = self._batches_done(runner), {}
+        start, self._resumed_meta = self._batches_done(), {}
         self._sampler.epoch, self._sampler.start = runner.epoch, start
         if start:
             runner.logger.info(f'epoch {runner.epoch + 1} continues after {start} of {len(loop.dataloader)} batches')
@@ -96,16 +131,10 @@ class ReproducibleHook(Hook):
             # The loop counts from 0; logs and intervals need the number within the epoch.
             loop.run_iter = lambda idx, data_batch: run_iter(idx + start, data_batch)
 
-    def _batches_done(self, runner: Runner) -> int:
-        done = self._resumed_meta.get(BATCHES_DONE, 0)
-        processes = self._resumed_meta.get(PROCESSES, get_world_size())
-        if done and processes != get_world_size():
-            done = done * processes // get_world_size()
-            runner.logger.warning(
-                f'the checkpoint is of {processes} processes, and there are {get_world_size()} now: the epoch '
-                'continues at about the same part of the data set; the learning rate is not changed'
-            )
-        return done
+    def _batches_done(self) -> int:
+        return batches_done(
+            self._resumed_meta.get(BATCHES_DONE, 0), self._resumed_meta.get(SETTINGS, {}), self._settings
+        )
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Count the batches of the next epoch from 0."""
@@ -114,14 +143,16 @@ class ReproducibleHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Seed the forward pass."""
         self._batch_idx, self._accumulated = batch_idx, None
-        reseed(runner.seed, ITERATION, runner.iter, get_rank())
+        reseed(self._seed, ITERATION, runner.iter, get_rank())
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Save the position within the epoch and accumulated gradients."""
         meta = checkpoint['meta']
-        within = meta['epoch'] == self._epoch and isinstance(runner.train_loop, EpochBasedTrainLoop)
-        meta[BATCHES_DONE] = self._batch_idx + 1 if within else 0
-        meta[PROCESSES] = get_world_size()
+        if isinstance(runner.train_loop, IterBasedTrainLoop):
+            meta[BATCHES_DONE] = meta['iter'] + self._ahead
+        else:
+            meta[BATCHES_DONE] = self._batch_idx + 1 if meta['epoch'] == self._epoch else 0
+        meta[SETTINGS], meta[VALIDATED], meta[EARLY] = self._settings, self._validated, _early_stopping(runner)
         if 'optimizer' in checkpoint and has_accumulated_gradients(runner.optim_wrapper):
             if self._accumulated is None and get_world_size() == 1:
                 self._accumulated = average_gradients(runner.model)
@@ -141,3 +172,43 @@ class ReproducibleHook(Hook):
     def before_val(self, runner: Runner) -> None:
         """Average gradients in case rank 0 saves alone during this validation."""
         self.before_collective_save(runner)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Note that the validation is complete."""
+        self._validated = runner.iter
+
+
+def _validates_now(runner: Runner, batches: int) -> bool:
+    """Whether the training loop validates at this epoch or iteration, after ``batches`` of the epoch."""
+    loop = runner.train_loop
+    if runner.val_loop is None or not isinstance(loop, EpochBasedTrainLoop | IterBasedTrainLoop):
+        return False
+    loop._decide_current_val_interval()
+    by_epoch = isinstance(loop, EpochBasedTrainLoop)
+    done, last = (loop.epoch, loop.max_epochs) if by_epoch else (loop.iter, loop.max_iters)
+    between_epochs = not (by_epoch and batches)
+    return between_epochs and done >= loop.val_begin and (done % loop.val_interval == 0 or done == last)
+
+
+def _early_stopping(runner: Runner) -> dict[str, Any]:
+    hooks = [hook for hook in runner.hooks if isinstance(hook, EarlyStoppingHook)]
+    return dict(
+        stopped=runner.train_loop.stop_training,
+        counts=[[hook.wait_count, hook.best_score] for hook in hooks],
+        settings=[[hook.monitor, hook.patience, hook.stopping_threshold] for hook in hooks],
+    )
+
+
+def _restore_early_stopping(runner: Runner, saved: dict[str, Any] | None) -> None:
+    own = _early_stopping(runner)
+    if not saved or len(saved['counts']) != len(own['counts']):
+        return
+    hooks = [hook for hook in runner.hooks if isinstance(hook, EarlyStoppingHook)]
+    for hook, counts in zip(hooks, saved['counts'], strict=True):
+        hook.wait_count, hook.best_score = counts
+    if saved['stopped'] and saved['settings'] == own['settings']:
+        runner.train_loop.stop_training = True
+        runner.logger.warning(
+            'this training was ended early, and no iteration is left to train: raise the patience of EarlyStoppingHook '
+            'to train on, or start a new training from these weights with load_from'
+        )

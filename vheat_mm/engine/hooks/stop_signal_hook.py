@@ -13,7 +13,7 @@ from typing import Any
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner import Runner
 
 from vheat_mm.engine.hooks.atomic_checkpoint_hook import AtomicCheckpointHook
 from vheat_mm.engine.runner.data_loading import WorkerInit, train_loader
@@ -71,8 +71,7 @@ class StopSignalHook(Hook):
         """Save and exit if any process has received a signal."""
         if self._previous and any_rank(self._received is not None):
             self._save(runner, runner.iter + 1)
-            if not _validates_now(runner):  # otherwise after_val exits
-                self._stop(runner, runner.iter + 1)
+            self._stop(runner, runner.iter + 1)
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Save at once, in rank 0 alone: ranks may validate different numbers of batches, so none can wait here.
@@ -123,14 +122,6 @@ class StopSignalHook(Hook):
         for number in self._previous:  # nothing interrupts the exit
             signal.signal(number, signal.SIG_IGN)
         raise StopRequested(message)
-
-
-def _validates_now(runner: Runner) -> bool:
-    """Whether an iteration-based loop validates after this iteration; it would not repeat that after resuming."""
-    loop, done = runner.train_loop, runner.iter + 1
-    if not isinstance(loop, IterBasedTrainLoop) or runner.val_loop is None or done < loop.val_begin:
-        return False
-    return done % loop.val_interval == 0 or done == loop.max_iters
 
 
 @contextlib.contextmanager
