@@ -10,11 +10,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from vheat_mm.engine.hooks import SetupEndHook
 from vheat_mm.utils.config_place import explain
 from vheat_mm.utils.errors import REQUEUE, USER_ERRORS, StopRequested, VHeatError, describe
-from vheat_mm.utils.process import INTERRUPTED, process_count, process_rank
+from vheat_mm.utils.process import INTERRUPTED, STOP_NOTE, process_count, process_rank
 
 SHOW_TRACEBACK = 'VHEAT_TRACEBACK'
 # Exit statuses of a run that ended with a message; Python's own status after a traceback is 1.
@@ -51,10 +52,14 @@ def run_reporting_errors(body: Callable[[SetupEndHook], None]) -> int:
             print(stop.message, file=sys.stderr, flush=True)
         return REQUEUE
     except Exception as error:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher may end this process while it waits
         _wait_for_rank0_error(error)
         known = isinstance(error, USER_ERRORS)
         bug = phase.finished and not known and not _is_lost_peer(error)
         sys.stdout.flush()  # in a common log file, the message comes last
+        if not _is_first_to_report():
+            return UNKNOWN_ERROR if bug else USER_ERROR
         if bug or os.environ.get(SHOW_TRACEBACK) == '1':
             traceback.print_exc()
         hint = '' if known or bug else f' ({SHOW_TRACEBACK}=1 shows where it comes from)'
@@ -83,6 +88,19 @@ def _wait_for_rank0_error(error: Exception) -> None:
     """
     if process_count() > 1:
         time.sleep((6 if _LOST_PEER.search(str(error)) else 0) + (2 if process_rank() else 0))
+
+
+def _is_first_to_report() -> bool:
+    """Whether no other process of tools/dist_run.py on this machine has printed its error since the last (re)start."""
+    if STOP_NOTE not in os.environ:
+        return True
+    try:
+        Path(f'{os.environ[STOP_NOTE]}.error{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}').touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # the launcher was killed, or the disk is full
+        return True
+    return True
 
 
 def _is_lost_peer(error: Exception) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import Registry
 
+from vheat_mm.utils.errors import describe
+
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
@@ -78,6 +80,14 @@ def _equal(ours: Any, theirs: Any) -> bool:
         return bool(ours is theirs or ours == theirs)
     except Exception:  # objects whose comparison fails, such as arrays
         return False
+
+
+def describe_building(error: BaseException) -> str:
+    """Message of an error in MMEngine's building of an object from a config, with similar names."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if (part := _part_of(frame)) is not None:
+            return _message(error, frame, part) or describe(error)
+    return describe(error)
 
 
 def explain(error: BaseException) -> tuple[str, str]:

@@ -15,7 +15,8 @@ from mmengine.registry import DATASETS, TRANSFORMS
 from vheat_mm.datasets.checks.images import Loader
 from vheat_mm.datasets.checks.label_maps import MapRule
 from vheat_mm.datasets.checks.settings import coco_metrics, head_classes, ignored_values
-from vheat_mm.utils.errors import ToolError, describe
+from vheat_mm.utils.config_place import describe_building
+from vheat_mm.utils.errors import ToolError
 
 SPLITS = ('train', 'val', 'test')
 # Fields of a data set's config that do not change which samples it has.
@@ -28,7 +29,7 @@ class Part:
 
     Attributes:
         dataset: Built, but its files are not read yet.
-        place: In the config, such as ``train_dataloader.dataset.datasets[0]``.
+        place: In the config, such as ``train_dataloader.dataset.datasets.0``.
         splits: Those that use it.
         transforms: Of its own pipeline and those of its wrappers.
         num_classes: Of the classes or the head; ``None`` where the config does not say.
@@ -133,7 +134,7 @@ def _leaves(cfg: Any, place: str, wrapping: list) -> Iterator[tuple[str, dict, l
     wrapping = wrapping + ([cfg['pipeline']] if cfg.get('pipeline') else [])
     if 'datasets' in cfg:
         for number, inner in enumerate(cfg['datasets']):
-            yield from _leaves(inner, f'{place}.datasets[{number}]', wrapping)
+            yield from _leaves(inner, f'{place}.datasets.{number}', wrapping)
     elif 'dataset' in cfg:
         yield from _leaves(cfg['dataset'], f'{place}.dataset', wrapping)
     else:
@@ -152,7 +153,7 @@ def _build(cfg: dict, place: str) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
             return DATASETS.build(cfg)
     except Exception as error:
-        raise ToolError(f'{place}: {describe(error)}') from error
+        raise ToolError(f'{place}: {describe_building(error)}') from error
 
 
 def _transforms(pipeline: Any, place: str) -> list[Any]:
@@ -162,7 +163,7 @@ def _transforms(pipeline: Any, place: str) -> list[Any]:
         try:
             transforms.append(TRANSFORMS.build(entry) if isinstance(entry, dict) else entry)
         except Exception as error:
-            raise ToolError(f'{place}.pipeline[{number}]: {describe(error)}') from error
+            raise ToolError(f'{place}.pipeline.{number}: {describe_building(error)}') from error
     return [inner for transform in transforms for inner in _unfold(transform)]
 
 
