@@ -144,7 +144,7 @@ def test_maps_as_jpeg(tmp_path):
     [
         (('data', 'decode', 'auxiliary', 'metric'), set()),
         (('decode', 'auxiliary', 'metric'), {'ignore-index-unsaid'}),
-        (('data', 'auxiliary', 'metric'), {'ignore-index-differs'}),
+        (('data', 'auxiliary', 'metric'), {'ignore-index-differs', 'padding-learned'}),
         (('data', 'decode', 'auxiliary'), {'ignore-index-differs'}),
         (('data',), {'ignore-index-differs'}),
         ((), {'map-values'}),
@@ -158,7 +158,11 @@ def test_ignored_value(tmp_path, says, kinds):
     for loader in (train, val):
         loader['dataset'].update(index['data'])
     cfg = dict(
-        model=dict(decode_head=dict(num_classes=2, **index['decode']), auxiliary_head=[index['auxiliary']]),
+        model=dict(
+            data_preprocessor=dict(seg_pad_val=2 if 'decode' in says else 255),
+            decode_head=dict(num_classes=2, **index['decode']),
+            auxiliary_head=[index['auxiliary']],
+        ),
         val_evaluator=[dict(type='IoUMetric', **index['metric'])],
         train_dataloader=train,
         val_dataloader=val,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from mmengine.logging import MMLogger
@@ -65,6 +67,26 @@ def test_share(length, broken, fine):
     for index in range(length):
         ledger.add(index, ValueError() if index % step == 0 and index // step < broken else None)
     assert ledger.is_full() is not fine
+
+
+def test_processes_join_their_counts(monkeypatch):
+    """Each process draws a part of the samples; at the end of an epoch all know of all."""
+    hook, said = SkipBrokenSamplesHook(), []
+    hook._ledger, other = Ledger(90, 0.1), Ledger(90, 0.1)
+    for index in range(90):
+        mine = hook._ledger if index % 2 else other
+        mine.add(index, ValueError() if index in (0, 1, 2, 3) else None)
+    monkeypatch.setattr(
+        'vheat_mm.engine.hooks.skip_broken_samples_hook.all_reduce',
+        lambda marks, op: op == 'max' and marks.copy_(torch.maximum(marks, other.marks)),
+    )
+    runner = SimpleNamespace(logger=SimpleNamespace(warning=said.append))
+    hook.after_train_epoch(runner)
+    assert said == ['4 of 90 samples were left out: 4 could not be decoded or transformed']
+    for index in range(4, 14):
+        other.add(index, OSError())
+    with pytest.raises(BrokenSampleError, match=r'14 of 90 .* 10 could not be read.*max_share=0.1'):
+        hook.after_train_epoch(runner)
 
 
 def test_validation_names_the_sample():

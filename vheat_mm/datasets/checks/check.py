@@ -22,6 +22,7 @@ from vheat_mm.datasets.checks.label_maps import MapJob, examine_map, judge_first
 from vheat_mm.datasets.checks.pool import WorkerCrash, run_jobs
 from vheat_mm.datasets.checks.report import Finding, Report
 from vheat_mm.datasets.checks.samples import Sample, list_samples
+from vheat_mm.datasets.checks.settings import unignored_padding
 from vheat_mm.utils.text import some_of
 
 AnyJob = TypeVar('AnyJob', ImageJob, MapJob)
@@ -80,7 +81,7 @@ def check_datasets(cfg: Config, splits: Sequence[str], workers: int, limit: int 
     started = time.monotonic()
     report, files = Report(), _Files()
     parts = find_parts(cfg, splits)
-    limited = _list_files(parts, report, files, limit)
+    limited = _list_files(cfg, parts, report, files, limit)
     listed = time.monotonic()
     report.add_all(_check_images(files, parts, workers))
     report.add_all(_check_maps(files, parts, limited, workers))
@@ -96,14 +97,14 @@ def check_datasets(cfg: Config, splits: Sequence[str], workers: int, limit: int 
 def check_labels(cfg: Config, splits: Sequence[str]) -> Report:
     """Check what needs no image: annotation files, class names, and as many label maps as show two classes.
 
-    The start of a training runs it: a second, where all files of a data set take minutes.
+    The start of a training runs it: seconds, where all files of a data set take minutes.
 
     Raises:
         ToolError: The config's data sets cannot be built.
     """
     report, files = Report(), _Files()
     parts = find_parts(cfg, splits)
-    _list_files(parts, report, files, None)
+    _list_files(cfg, parts, report, files, None, maps_only=True)
     jobs: dict[int, list[MapJob]] = {}
     for job, image in files.maps.values():
         for number in {use.part for use in files.images[image]}:
@@ -114,18 +115,23 @@ def check_labels(cfg: Config, splits: Sequence[str]) -> Report:
     return report
 
 
-def _list_files(parts: list[Part], report: Report, files: _Files, limit: int | None) -> set[int]:
-    """List the samples of data sets; returns the numbers of those that have more than ``limit``."""
+def _list_files(
+    cfg: Config, parts: list[Part], report: Report, files: _Files, limit: int | None, maps_only: bool = False
+) -> set[int]:
+    """List the samples of data sets; returns the numbers of those of which only the first ``limit`` are."""
     limited = set()
     for number, part in enumerate(parts):
         count = 0
         for sample in islice(list_samples(part, report.add), limit):
-            files.add(number, sample)
+            if sample.label_map or not maps_only:
+                files.add(number, sample)
             count += 1
         if count == limit:
             limited.add(number)
         report.checked.append(f'{"/".join(part.splits)}: {count} samples ({type(part.dataset).__name__}, {part.place})')
     report.add_all(judge_classes(parts))
+    if text := unignored_padding(cfg):
+        report.add(Finding('padding-learned', 'model.data_preprocessor', text))
     return limited
 
 

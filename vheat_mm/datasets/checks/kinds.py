@@ -211,6 +211,11 @@ _WARNINGS = {
         'none, where that is intended; else add the names to metainfo.classes',
     ),
     # --- label maps, classification
+    'padding-learned': (
+        'pixels that fill up label maps are not ignored',
+        'stops at the first image smaller than the crop, or learns them',
+        'set model.data_preprocessor.seg_pad_val to the ignore_index of the heads',
+    ),
     'ignore-index-unsaid': (
         'value that heads and evaluators ignore, and the data set does not name',
         'ignores it',

@@ -30,6 +30,13 @@ def ignored_values(cfg: Config) -> tuple[tuple[str, int | None], ...]:
     return tuple(found)
 
 
+def unignored_padding(cfg: Config) -> str:
+    """What says that pixels which fill up label maps are learned by a head; an empty text where none are."""
+    value = (cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}).get('seg_pad_val', 255)
+    heads = [(name, index) for name, index in ignored_values(cfg) if name.startswith('model.') and index != value]
+    return ', '.join(f'{name} has ignore_index={index}, seg_pad_val is {value}' for name, index in heads)
+
+
 def coco_metrics(cfg: Config, split: str) -> dict[str, str]:
     """What pycocotools computes on a split (``'bbox'``, ``'segm'``, ...) -> the annotation file of the evaluator."""
     found: dict[str, str] = {}
