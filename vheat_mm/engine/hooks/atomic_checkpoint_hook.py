@@ -83,7 +83,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
         A training that was stopped early (by ``EarlyStoppingHook``) is saved here: MMEngine saves the last epoch only.
         """
-        early = is_main_process() and runner.train_loop.stop_training and self._saved_iterations != runner.iter
+        early = is_main_process() and runner.train_loop.stop_training is True and self._saved_iterations != runner.iter
         if self.save_last and any_rank(self._failed is not None or early):
             if not early:
                 runner.logger.warning('the last checkpoint could not be written: retrying')
