@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,8 +39,32 @@ def make_runner(path: Path, hook: AnnotationCheckHook) -> SimpleNamespace:
 
 def test_an_error_names_file_and_remedy(coco, caplog):
     runner = make_runner(coco['box_text'], AnnotationCheckHook())
-    with pytest.raises(AnnotationError, match=r"box_text.json, image 1, annotation 1: bbox \['8', '8'.*write \[x, y"):
+    with pytest.raises(
+        AnnotationError, match=r"box_text.json, image 1, annotation 1: bbox \['8', '8'.*write \[x, y"
+    ) as caught:
         check_annotations(runner, ['train', 'val'])
+    assert 'allow=' not in str(caught.value)  # mmdet could not build the data set
+    runner = make_runner(coco['box_negative_size'], AnnotationCheckHook())
+    with pytest.raises(AnnotationError, match=r"allow=\['box-negative'\]"):
+        check_annotations(runner, ['train', 'val'])
+
+
+def test_the_cause_stands_first(tmp_path):
+    """That no annotation can be used follows from it."""
+    content = corrupt_data.coco_content({'good_0': Path('good_0.jpg')})
+    content['annotations'][0]['bbox'] = ['8', '8', '9', '9']
+    (tmp_path / 'x.json').write_text(json.dumps(content))
+    with pytest.raises(AnnotationError, match=r'annotation 1: bbox .*\[box-malformed\]'):
+        check_annotations(make_runner(tmp_path / 'x.json', AnnotationCheckHook()), ['train'])
+
+
+def test_other_ranks_read_no_file_and_stop_as_well(coco, monkeypatch):
+    hooks = 'vheat_mm.engine.hooks.annotation_check_hook'
+    monkeypatch.setattr(f'{hooks}.get_rank', lambda: 1)
+    monkeypatch.setattr(f'{hooks}.check_labels', lambda *_: pytest.fail('read'))
+    monkeypatch.setattr(f'{hooks}.broadcast_object_list', lambda text: text.__setitem__(0, 'x.json: wrong'))
+    with pytest.raises(AnnotationError, match='wrong'):
+        check_annotations(make_runner(coco['good'], AnnotationCheckHook()), ['train'])
 
 
 def test_same_findings_as_the_whole_check(coco, caplog):

@@ -82,7 +82,6 @@ _ERRORS = {
     ),
     'classes-missing': ('categories lack names of metainfo.classes', _AT_START, 'make the names alike, case included'),
     'classes-order': ('categories or folders are in another order than metainfo.classes', _AT_START, 'use their order'),
-    'no-usable-annotation': ('no annotation can be used', _NOT_BUILT, 'check image ids, categories, metainfo.classes'),
     'duplicate-image-id': ('several images with one id', 'uses the last, with the boxes of all', 'number them again'),
     'duplicate-annotation-id': ('several annotations with one id', _NOT_BUILT, 'number the annotations again'),
     'size-not-positive': ('width or height of an image is not positive', 'drops all its boxes', _FILE_SIZE),
@@ -135,6 +134,8 @@ _ERRORS = {
         'drops them silently; they are learned as background',
         'make the names alike, case included, or add them to metainfo.classes',
     ),
+    # follows from many of those above
+    'no-usable-annotation': ('no annotation can be used', _NOT_BUILT, 'check image ids, categories, metainfo.classes'),
     # --- label maps
     'map-values': ('label map with values outside the classes', _STOPS_AT_LABEL, _VALUES),
     'map-size': (

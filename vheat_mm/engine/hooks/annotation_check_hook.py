@@ -19,7 +19,7 @@ from vheat_mm.datasets.checks.check import check_labels
 from vheat_mm.datasets.checks.kinds import KINDS, Severity
 from vheat_mm.datasets.checks.report import Report
 from vheat_mm.utils.dist import unwrap
-from vheat_mm.utils.errors import AnnotationError
+from vheat_mm.utils.errors import AnnotationError, describe
 from vheat_mm.utils.text import some_of
 
 # A sample's labels -> names of the heads that learn them. An RPN only separates objects from background.
@@ -84,15 +84,15 @@ class AnnotationCheckHook(Hook):
         self._checked.update(splits)
         if not splits:
             return
-        error: list[Exception | None] = [None]
+        error, text = None, ['']
         if get_rank() == 0:  # the files are the same for all ranks
             try:
                 self._report(runner, splits)
             except Exception as caught:
-                error = [caught]
-        broadcast_object_list(error)
-        if error[0] is not None:
-            raise error[0]
+                error, text = caught, [describe(caught)]
+        broadcast_object_list(text)
+        if text[0]:
+            raise error or AnnotationError(text[0])
 
     def _report(self, runner: Runner, splits: list[str]) -> None:
         started = time.monotonic()
@@ -106,10 +106,12 @@ class AnnotationCheckHook(Hook):
             runner.logger.error(_sentence(report, kind))
         runner.logger.info(f'annotations checked in {time.monotonic() - started:.1f} s: {"; ".join(report.checked)}')
         if errors:
+            hint = ''
+            if not any(KINDS[kind].effect.startswith('stops') for kind in errors):
+                hint = f'. To accept them, set custom_hooks=[dict(type="AnnotationCheckHook", allow={errors})]'
             raise AnnotationError(
-                f'{_sentence(report, errors[0])}\npython tools/misc/check_dataset.py CONFIG lists all '
-                f'{sum(counts[kind] for kind in errors)} errors. To go on in spite of them, set custom_hooks='
-                f'[dict(type="AnnotationCheckHook", allow={errors})]'
+                f'{_sentence(report, errors[0])}\npython tools/misc/check_dataset.py CONFIG lists all errors '
+                f'({sum(counts[kind] for kind in errors)}){hint}'
             )
 
     def before_train(self, runner: Runner) -> None:
