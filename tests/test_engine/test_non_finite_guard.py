@@ -44,8 +44,8 @@ class NumberedRows(Dataset):
         row = self.rows[index]
         x = torch.randn(3, generator=torch.Generator().manual_seed(row))
         fault = self.faults.get(row, '')
-        if fault == 'pixel':
-            x[1] = float('nan')
+        if fault in ('pixel', 'bright'):
+            x[1] = dict(pixel=float('nan'), bright=1e20)[fault]
         return dict(x=x, sample=BaseDataElement(metainfo=dict(img_path=f'row{row}.png', fault=fault)))
 
 
@@ -138,7 +138,7 @@ def test_finite_training_is_the_same_to_the_last_bit(tmp_path, wrapper):
     assert 'finite' not in log_of(tmp_path / 'with')
 
 
-@pytest.mark.parametrize('fault', ['pixel', 'loss', 'gradient'])
+@pytest.mark.parametrize('fault', ['pixel', 'loss', 'gradient', 'bright'])
 @pytest.mark.parametrize('wrapper', WRAPPERS[:3], ids=str)
 def test_a_skipped_step_leaves_no_trace(tmp_path, wrapper, fault):
     """Weights, moments and statistics equal those of a run without the step's batches."""
@@ -178,6 +178,20 @@ def test_the_log_names_losses_and_images(tmp_path):
     assert lines[2].endswith('step skipped, 3 so far, 1 in a row')
 
 
+@pytest.mark.parametrize('wrapper', WRAPPERS, ids=str)
+def test_statistics_that_a_finite_loss_makes_infinite_are_named(tmp_path, wrapper):
+    """A pixel of 1e20, as of a float image: after it BatchNorm's running variance would be infinite for ever."""
+    runner = make_runner(tmp_path, faults={5: 'bright'}, wrapper=wrapper)
+    runner.train()
+    line = next(line for line in log_of(tmp_path).splitlines() if 'finite' in line)
+    rows = 'row4.png, row5.png'
+    iteration = 4 if 'accumulative_counts' in wrapper else 3
+    assert line.endswith(
+        f'iteration {iteration}: backbone.1.running_var is not finite, from {rows}; step skipped, 1 so far, 1 in a row'
+    )
+    assert all(v.isfinite().all() for v in state(runner))
+
+
 def test_of_accumulated_batches_only_the_non_finite_one_is_named(tmp_path):
     train(tmp_path, faults={5: 'pixel'}, wrapper=dict(accumulative_counts=3))
     assert 'iteration 3: loss is not finite, loss_line=nan, loss_size=nan from row4.png, row5.png;' in log_of(tmp_path)
@@ -202,7 +216,7 @@ def test_patience(tmp_path):
 def test_non_finite_weights_are_named(tmp_path):
     runner = make_runner(tmp_path, patience=1)
     runner.model.head.bias.data.fill_(float('inf'))
-    with pytest.raises(NonFiniteError, match=r'weights themselves are not finite: head.bias; go back'):
+    with pytest.raises(NonFiniteError, match=r'training state itself is not finite, first head.bias; go back'):
         runner.train()
 
 
@@ -354,7 +368,9 @@ def test_a_large_gradient_is_finite():
 # --- two processes
 
 
-FAULTY = dict(loss={5: 'loss'}, pixel={5: 'pixel'}, gradient={5: 'gradient'})  # row 5: the second process's third
+FAULTY = dict(
+    loss={5: 'loss'}, pixel={5: 'pixel'}, gradient={5: 'gradient'}, bright={5: 'bright'}
+)  # row 5: the second process's third
 
 
 def in_process(rank, port, folder):
@@ -397,8 +413,8 @@ def test_processes_skip_together(two_processes, fault, accumulating):
 def test_the_process_with_the_fault_is_named(two_processes, fault):
     folder, _ = two_processes
     line = next(line for line in log_of(folder / f'{fault}0').splitlines() if 'finite' in line)
-    terms = dict(loss=r'loss_line=inf, loss_size=\d\S+ ', pixel='loss_line=nan, loss_size=nan ', gradient='')[fault]
-    assert re.search(rf'iteration 2: \w+ is not finite, process 1: {terms}from row5.png, row7.png;', line)
+    terms = dict(loss=r'loss_line=inf, loss_size=\d\S+ ', pixel='loss_line=nan, loss_size=nan ').get(fault, '')
+    assert re.search(rf'iteration 2: [\w.]+ is not finite, process 1: {terms}from row5.png, row7.png;', line)
 
 
 def test_each_step_names_its_own_process(two_processes):

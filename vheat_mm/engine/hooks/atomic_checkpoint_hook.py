@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 
 from vheat_mm.checkpoint.resume import LAST, find_newest, stale_parts
 from vheat_mm.engine.fileio import AtomicLocalBackend
+from vheat_mm.engine.finite_state import FiniteState
 from vheat_mm.engine.hooks.readable_checkpoint_hook import ReadableCheckpointHook
 from vheat_mm.engine.runner.log_writes import ignore_log_write_errors
 from vheat_mm.utils.dist import any_rank
@@ -34,6 +35,7 @@ class AtomicCheckpointHook(CheckpointHook):
     - Checkpoints that ``max_keep_ckpts`` or a better one replaces are removed after the new one is written.
     - A save that fails (disk full, over quota, storage unavailable) is an error in the log, and training continues.
       The run fails only if the last save fails. Errors of writing scalars to the log are ignored, too.
+    - A state that is not finite is not saved, so it replaces no checkpoint: the run ends and names the first tensor.
     - Resuming takes the newest intact checkpoint (:func:`vheat_mm.checkpoint.resume.find_newest`), where MMEngine's
       ``resume=True`` would take a damaged one.
 
@@ -43,6 +45,7 @@ class AtomicCheckpointHook(CheckpointHook):
     _failed: OSError | None = None
     _readable: ReadableCheckpointHook | None = None
     _saved_iterations = -1  # of the last checkpoint; known to rank 0
+    _finite: FiniteState | None = None  # from before_train on
     _meta: dict = {}  # noqa: RUF012 (replaced, never changed in place)
     # Attributes of MMEngine's class, which declares no types.
     backend_args: dict | None
@@ -68,6 +71,7 @@ class AtomicCheckpointHook(CheckpointHook):
         if not (self.backend_args or self.file_client_args or '://' in folder):
             self.backend_args = dict(backend='vheat_atomic')
         super().before_train(runner)
+        self._finite = FiniteState(runner)
         ignore_log_write_errors(runner)
         # The process may have been killed between writing a checkpoint and removing the one it replaced.
         if (step := runner.message_hub.runtime_info.get(SUPERFLUOUS)) not in getattr(self, 'keep_ckpt_ids', ()):
@@ -121,6 +125,8 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def _save(self, runner: Runner, name: str, meta: dict) -> str | None:
         """Write a checkpoint, then ``last_checkpoint``; returns the path, or ``None`` if it could not be written."""
+        assert self._finite is not None
+        self._finite.require(self.last_ckpt)
         path, before = self.file_backend.join_path(self.out_dir, name), self.last_ckpt
         runner.message_hub.update_info('last_ckpt', path)
         runner.call_hook('before_collective_save')  # on all ranks; MMEngine's before_save_checkpoint is on rank 0
@@ -160,6 +166,9 @@ class AtomicCheckpointHook(CheckpointHook):
         checkpoint['meta'].update(self._meta)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        if not self.save_best or self._finite is None:  # a validation without a training saves nothing
+            return
+        self._finite.require(self.last_ckpt)
         before, info = self._best(), dict(runner.message_hub.runtime_info)
         backend, self.file_backend = self.file_backend, _DeferredRemoval(self.file_backend)
         deferred = self.file_backend

@@ -14,7 +14,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from vheat_mm.engine.optimizers.step_guard import GradientProbe, SkippedStep, StepGuard, is_sharded
+from vheat_mm.engine.finite_state import FiniteState
+from vheat_mm.engine.optimizers.step_guard import GradientProbe, SkippedStep, StepGuard, are_finite, is_sharded
 from vheat_mm.utils.dist import unwrap
 from vheat_mm.utils.errors import NonFiniteError
 from vheat_mm.utils.text import some_of
@@ -25,7 +26,7 @@ SKIPPED_BY_SCALER = 'train/steps_skipped_by_scaler'
 
 @HOOKS.register_module()
 class NonFiniteGuardHook(Hook):
-    """Skip optimizer steps whose loss or gradient is NaN or infinite; end the run if that does not stop.
+    """Skip optimizer steps whose loss, gradient or running statistics are NaN or infinite; end the run if they go on.
 
     A skipped step leaves weights, optimizer state, and the running statistics of BatchNorm and SyncBN as they were
     before the step's first batch. Schedules and the iteration count continue. The log names the losses and image
@@ -52,6 +53,7 @@ class NonFiniteGuardHook(Hook):
             raise ValueError(f'NonFiniteGuardHook: patience must be a positive integer, got {patience!r}')
         self.patience = patience
         self._guards: list[StepGuard] = []
+        self._named_statistics: dict[str, Tensor] = {}  # those of floating-point numbers
         self._statistics: list[Tensor] = []
         self._saved_statistics: list[Tensor] = []
         self._probes: list[GradientProbe] = []
@@ -64,10 +66,13 @@ class NonFiniteGuardHook(Hook):
         self._release()
         model = unwrap(runner.model)
         sharded = is_sharded(runner.model)
+        self._state = FiniteState(runner)
+        statistics = dict(running_statistics(model))
+        self._named_statistics = {name: value for name, value in statistics.items() if value.is_floating_point()}
         wrappers = runner.optim_wrapper
         for wrapper in wrappers.values() if isinstance(wrappers, OptimWrapperDict) else [wrappers]:
             if isinstance(wrapper, OptimWrapper) and not isinstance(wrapper, ApexOptimWrapper):
-                self._guards.append(StepGuard(wrapper, sharded))
+                self._guards.append(StepGuard(wrapper, sharded, list(self._named_statistics.values())))
             else:
                 kind = type(wrapper).__name__
                 runner.logger.info(f'NonFiniteGuardHook does not change {kind}, which handles overflow itself')
@@ -76,7 +81,7 @@ class NonFiniteGuardHook(Hook):
                 'CheckInvalidLossHook ends the run at a loss for which NonFiniteGuardHook skips a step: '
                 'remove it from custom_hooks'
             )
-        self._statistics = list(running_statistics(model)) if self._guards else []
+        self._statistics = list(statistics.values()) if self._guards else []
         self._saved_statistics = [statistic.clone() for statistic in self._statistics]
         if get_world_size() > 1 and not sharded and self._guards:
             self._probes = [GradientProbe(p) for p in first_parameters(model)]
@@ -103,7 +108,13 @@ class NonFiniteGuardHook(Hook):
         accumulating = any(guard.accumulating for guard in self._guards)
         if skips or accumulating:
             losses = [loss for guard in self._guards for loss in guard.losses]
-            self._batches.append(_Batch(data_batch, outputs, losses))
+            statistics = self._named_statistics
+            bad = (
+                []
+                if are_finite(list(statistics.values()))
+                else [k for k, v in statistics.items() if not are_finite([v])]
+            )
+            self._batches.append(_Batch(data_batch, outputs, losses, bad))
         if skips:
             self._restore_statistics()
             self._report(runner, skips)
@@ -134,23 +145,29 @@ class NonFiniteGuardHook(Hook):
             torch._foreach_copy_(self._statistics, self._saved_statistics)
 
     def _report(self, runner: Runner, skips: list[SkippedStep]) -> None:
-        bad = [batch for batch in self._batches if not batch.is_finite()]
+        bad = [batch for batch in self._batches if not batch.has_finite_loss()]
+        # A non-finite loss explains the statistics after it.
+        shaken = [batch for batch in self._batches if batch.statistics and not bad]
         # A collective call: all processes skip the same steps.
         reports = all_gather_object(
             _RankReport(
                 loss=bool(bad),
                 gradient=any(not probe.is_finite() for probe in self._probes),
                 terms=bad[0].terms() if bad else '',
-                images=[image for batch in bad or self._batches for image in image_names(batch.data)],
+                images=[image for batch in bad or shaken or self._batches for image in image_names(batch.data)],
+                statistics=shaken[0].statistics if shaken else [],
             )
         )
-        by_scaler = all(skip.scaler_backoff for skip in skips) and not any(report.loss for report in reports)
+        explained = any(report.loss or report.statistics for report in reports)
+        by_scaler = all(skip.scaler_backoff for skip in skips) and not explained
         key = SKIPPED_BY_SCALER if by_scaler else SKIPPED
         scalars = runner.message_hub.log_scalars
         total = 1 + (int(scalars[key].current()) if key in scalars else 0)
         runner.message_hub.update_scalar(key, total)
         names = {id(parameter): name for name, parameter in unwrap(runner.model).named_parameters()}
-        what = f'iteration {runner.iter + 1}: {_describe(reports)}; {"; ".join(s.describe(names) for s in skips)}'
+        what = f'iteration {runner.iter + 1}: {_describe(reports)}'
+        if any(report.loss for report in reports) or not explained:  # for statistics, this hook made the gradients NaN
+            what += f'; {"; ".join(skip.describe(names) for skip in skips)}'
         if by_scaler:
             runner.logger.warning(f'{what}; the loss scaler skipped the step, {total} times so far')
             return
@@ -158,18 +175,16 @@ class NonFiniteGuardHook(Hook):
         self._first = what if self._in_a_row == 1 else self._first
         runner.logger.warning(f'{what}; step skipped, {total} so far, {self._in_a_row} in a row')
         if self._in_a_row >= self.patience:
-            raise NonFiniteError(self._failure_message(what, names))
+            raise NonFiniteError(self._failure_message(what))
 
-    def _failure_message(self, what: str, names: dict[int, str]) -> str:
-        parameters = [p for guard in self._guards for p in guard.parameters()]
-        bad = [names.get(id(p), 'a parameter') for p in parameters if not bool(p.isfinite().all())]
-        if bad:
-            state = f'The weights themselves are not finite: {some_of(bad)}; go back to an earlier checkpoint.'
+    def _failure_message(self, what: str) -> str:
+        if bad := self._state.first_non_finite():
+            state = f'The training state itself is not finite, first {bad}; go back to an earlier checkpoint.'
         else:
-            state = 'The weights are finite, as of the last step that was not skipped; so are the checkpoints.'
+            state = 'The weights are finite, as of the last step that was not skipped, and so is the optimizer.'
         first = '' if self._in_a_row == 1 else f'The first: {self._first}. '
         return (
-            f'{self._in_a_row} steps in a row had a loss or gradient that is not finite. '
+            f'{self._in_a_row} steps in a row had a loss, gradient or running statistics that are not finite. '
             f'{first}The last: {what}. {state} Look at these images and their annotations (a box without area, pixels '
             'that are not finite); otherwise lower optim_wrapper.optimizer.lr or lengthen its warm-up, set '
             'optim_wrapper.clip_grad=dict(max_norm=1.0), and under AMP take '
@@ -178,16 +193,19 @@ class NonFiniteGuardHook(Hook):
 
 
 class _Batch:
-    """A batch of a step: its data, what the model returned for it, its losses."""
+    """A batch of a step: its data, what the model returned for it, its losses, and non-finite statistics after it."""
 
-    def __init__(self, data: Any, outputs: Any, losses: list[Tensor]) -> None:
-        self.data = data
+    def __init__(self, data: Any, outputs: Any, losses: list[Tensor], statistics: list[str]) -> None:
+        self.data, self.statistics = data, statistics
         outputs = outputs if isinstance(outputs, Mapping) else {}
         # Detached, as the tensors keep the graph in memory.
         self.outputs = {k: v.detach() for k, v in outputs.items() if 'loss' in k and isinstance(v, Tensor)}
         self.losses = losses
 
     def is_finite(self) -> bool:
+        return self.has_finite_loss() and not self.statistics
+
+    def has_finite_loss(self) -> bool:
         return all(bool(loss.isfinite().all()) for loss in self.losses)
 
     def terms(self) -> str:
@@ -203,11 +221,14 @@ class _RankReport:
     gradient: bool  # whether one of its own gradients was not finite
     terms: str
     images: list[str]
+    statistics: list[str]  # names of running statistics that a finite loss made non-finite
 
 
 def _describe(reports: list[_RankReport]) -> str:
     ranks = [rank for rank, report in enumerate(reports) if report.loss]
     kind = 'loss' if ranks else 'gradient'
+    if not ranks and (ranks := [rank for rank, report in enumerate(reports) if report.statistics]):
+        kind = some_of(reports[ranks[0]].statistics, 1)
     ranks = ranks or [rank for rank, report in enumerate(reports) if report.gradient] or list(range(len(reports)))
     parts = []
     for rank in ranks:
@@ -217,11 +238,12 @@ def _describe(reports: list[_RankReport]) -> str:
     return f'{kind} is not finite, {"; ".join(parts)}'
 
 
-def running_statistics(model: nn.Module) -> Iterator[Tensor]:
-    """Buffers of layers that average over batches: BatchNorm and SyncBN of any library."""
-    for module in model.modules():
+def running_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers of layers that average over batches, by name: BatchNorm and SyncBN of any library."""
+    for prefix, module in model.named_modules():
         if isinstance(getattr(module, 'running_mean', None), Tensor):
-            yield from module.buffers(recurse=False)
+            for name, buffer in module.named_buffers(recurse=False):
+                yield f'{prefix}.{name}' if prefix else name, buffer
 
 
 def first_parameters(model: nn.Module) -> Iterator[Tensor]:

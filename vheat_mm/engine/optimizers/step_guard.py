@@ -18,8 +18,8 @@ class StepGuard:
     """Wraps ``backward`` and ``step`` of one optimizer wrapper.
 
     All processes decide the same without communication: DDP sums gradients over processes, so NaN and infinity reach
-    all of them, and a non-finite loss is made to give non-finite gradients. With sharded gradients the processes see
-    different parts, so they exchange one number.
+    all of them, and a non-finite loss, or running statistics that the forward pass made non-finite, are made to give
+    non-finite gradients. With sharded gradients the processes see different parts, so they exchange one number.
 
     Attributes:
         losses: Of this iteration, as given to ``backward``.
@@ -28,8 +28,9 @@ class StepGuard:
         skip: The step that was skipped in this iteration, if any.
     """
 
-    def __init__(self, wrapper: OptimWrapper, sharded: bool) -> None:
+    def __init__(self, wrapper: OptimWrapper, sharded: bool, statistics: list[Tensor]) -> None:
         self.wrapper = wrapper
+        self._statistics = statistics
         self._sharded = sharded
         self._backward, self._step = wrapper.backward, wrapper.step
         wrapper.backward = self.backward
@@ -57,7 +58,15 @@ class StepGuard:
         self.losses.append(constant)
         self.accumulating = True
         # The factor is exactly 1 for a finite loss. An infinite loss alone can have finite gradients.
-        self._backward(loss * (1 + (constant - constant)), **kwargs)
+        self._backward(loss * (1 + (constant - constant) + self._zero_if_finite(constant)), **kwargs)
+
+    @torch.no_grad()
+    def _zero_if_finite(self, like: Tensor) -> Tensor | float:
+        """Zero, or NaN if a running statistic is not finite; nothing is read from the device."""
+        if not self._statistics:
+            return 0.0
+        norms = torch._foreach_norm(torch._foreach_sub(self._statistics, self._statistics))
+        return torch.stack([norm.to(like) for norm in norms]).sum()
 
     def step(self, **kwargs: Any) -> None:
         self.accumulating = False
@@ -79,14 +88,7 @@ class StepGuard:
 
     def _gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
         for parameter in self.parameters():
-            gradient: Any = parameter.grad
-            if gradient is None:
-                continue
-            if hasattr(gradient, 'to_local'):  # of a sharded tensor
-                gradient = gradient.to_local()
-            if gradient.is_sparse:
-                gradient = gradient.coalesce().values()
-            if gradient.numel():
+            if parameter.grad is not None and (gradient := local_values(parameter.grad)).numel():
                 yield parameter, gradient
 
 
@@ -126,6 +128,13 @@ class GradientProbe:
 
     def is_finite(self) -> bool:
         return all(bool(norm.isfinite()) for norm in self.norms)
+
+
+def local_values(tensor: Any) -> Tensor:
+    """The values of a sharded or sparse tensor that are in this process; any other tensor itself."""
+    if hasattr(tensor, 'to_local'):
+        tensor = tensor.to_local()
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
 def are_finite(tensors: list[Tensor]) -> bool:
