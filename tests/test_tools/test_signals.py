@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from tool_runs import REPO, TOOLS, clean_environment
 
+from vheat_mm.engine.hooks import StopSignalHook
+from vheat_mm.utils import process
+
 PREPARE = f"""
 import ctypes, os, runpy, signal, sys, time
 process = runpy.run_path({str(REPO / 'vheat_mm' / 'utils' / 'process.py')!r})
@@ -22,9 +25,9 @@ def start(*command: object, cwd: Path, **environment: str) -> subprocess.Popen:
     """Start a process and return once it has printed a line."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     names = [str(part) for part in command]
-    process = subprocess.Popen(names, cwd=cwd, env=clean_environment(**environment), **pipes)
-    assert process.stdout.readline()
-    return process
+    started = subprocess.Popen(names, cwd=cwd, env=clean_environment(**environment), **pipes)
+    assert started.stdout.readline()
+    return started
 
 
 @pytest.mark.parametrize(
@@ -117,3 +120,21 @@ def test_sigterm_to_the_launcher_while_configs_are_read(tmp_path):
     errors = [line for line in run.stderr.read().splitlines() if 'arn' not in line and 'pkg_resources' not in line]
     assert errors[-1].startswith('ended by SIGTERM before the first iteration')
     assert sum('ended by' in line for line in errors) == 1
+
+
+def test_signals_of_the_config_count_once_it_is_read():
+    """Slurm's --signal=USR1 before the first iteration; outside of the tools, nothing is handled so early."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        StopSignalHook(signals=('SIGTERM', 'SIGUSR1'))
+        assert [signal.getsignal(number) for number in numbers] == before
+        process.exit_on_signals()
+        hook = StopSignalHook(signals=('SIGTERM', 'SIGUSR1'))
+        assert [signal.getsignal(number) for number in numbers] == [process.exit_before_training] * 2
+        hook._previous = dict.fromkeys(numbers, process.exit_before_training)
+        hook.after_train(None)
+        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN] * 2  # all is saved
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

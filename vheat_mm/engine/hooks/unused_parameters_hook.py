@@ -46,8 +46,8 @@ class UnusedParametersHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Check with the first batch."""
         wrapper = runner.model
-        if self._checked or not isinstance(wrapper, DistributedDataParallel):
-            return
+        if self._checked or not isinstance(wrapper, DistributedDataParallel) or not isinstance(runner, Runner):
+            return  # a strategy of FlexibleRunner wraps the model by itself
         self._checked = True
         if wrapper.find_unused_parameters or wrapper.static_graph:
             return
