@@ -64,11 +64,7 @@ _ERRORS = {
         'learns other numbers than it is tested on: the score is far too low',
         'give all data sets the same folders (empty ones count), or an ann_file and the same metainfo.classes',
     ),
-    'classes-shifted': (
-        'reduce_zero_label differs between data sets',
-        'learns other numbers than it is tested on',
-        'set reduce_zero_label alike',
-    ),
+    'classes-shifted': ('reduce_zero_label differs between data sets', 'is tested on other numbers', 'set it alike'),
     'class-folder-hidden': ('folder of another program taken as a class', 'numbers it as a class', 'remove the folder'),
     # --- COCO annotation files
     'json-malformed': ('annotation file is no JSON', _NOT_BUILT, 'write the file again from its source'),
@@ -96,21 +92,13 @@ _ERRORS = {
     'box-negative': ('bbox of negative size', _DROPPED, 'write [x, y, width, height], not two corners'),
     'box-outside': ('bbox entirely outside the image', _DROPPED, 'correct it, or the size of the image'),
     'area-not-positive': ('area is not positive though the bbox is', _DROPPED, 'write the area of the mask or the box'),
-    'boxes-normalised': (
-        'boxes in parts of the image, as YOLO writes them',
-        'drops all boxes, and learns background',
-        'multiply by width and height; write left, top, width, height in pixels',
-    ),
+    'boxes-normalised': ('boxes in parts of the image, as YOLO writes them', _DROPPED, 'write them in pixels'),
     'boxes-as-corners': (
         'boxes written as two corners',
         'learns boxes that are too large',
-        'write [x, y, width, height]: subtract the first corner from the second',
+        'write [x, y, width, height]',
     ),
-    'category-twice': (
-        'several categories with the name of one class',
-        _AT_START,
-        'rename or remove the one that no object has, such as the root that Roboflow adds',
-    ),
+    'category-twice': ('several categories with the name of one class', _AT_START, 'remove the one without objects'),
     'iscrowd-unusable': (
         'iscrowd is not 0 or 1',
         'stops after the first epoch, in pycocotools, or ignores boxes whose iscrowd is text',
@@ -118,8 +106,8 @@ _ERRORS = {
     ),
     'evaluator-file': (
         'CocoMetric reads another file than the data set',
-        'compares predictions with the objects of other images, or stops in pycocotools',
-        'set ann_file of the evaluator and of its data set alike',
+        'computes a wrong score',
+        'set ann_file alike',
     ),
     'mask-missing': ('segmentation is missing, but loaded', _STOPS, 'add it, or set with_mask=False'),
     'mask-malformed': ('segmentation of unknown form', _STOPS, 'write [[x1, y1, x2, y2, ...], ...] or an RLE'),
@@ -160,11 +148,7 @@ _ERRORS = {
     # --- classification
     'label-malformed': ('line is not a path, a space and a number', _NOT_BUILT, 'correct or remove the line'),
     'label-out-of-range': ('label outside the classes', _STOPS_AT_LABEL, 'correct the label, or raise num_classes'),
-    'label-of-all': (
-        'all samples have one label',
-        'learns to predict it everywhere, with top-1 100, or stops in the loss',
-        'add samples of other classes',
-    ),
+    'label-of-all': ('all samples have one label', 'learns to predict it everywhere', 'add samples of other classes'),
     'label-contradiction': ('one file with several labels', 'learns both', 'keep the right one'),
 }
 _WARNINGS = {
@@ -183,11 +167,7 @@ _WARNINGS = {
         'if annotations fit the stored pixels, remove the EXIF orientation',
     ),
     'image-in-two-splits': ('image in train and in another split', 'is tested on what it learned', 'keep it in one'),
-    'classes-alike': (
-        'class names that differ only in case or spaces, or not at all',
-        'learns them as several',
-        _CHECK,
-    ),
+    'classes-alike': ('class names that differ in case or spaces at most', 'learns them as several', _CHECK),
     # --- COCO annotation files
     'image-without-annotation': (
         'image without annotations',
@@ -208,20 +188,16 @@ _WARNINGS = {
     'rle-without-size': ('RLE without size or counts', 'ignores the annotation', _ENCODE),
     'names-left-out': (
         'objects with names that metainfo.classes lacks',
-        'drops them silently; they are learned as background',
-        'none, where that is intended; else add the names to metainfo.classes',
+        _DROPPED,
+        'add the names, unless that is intended',
     ),
     # --- label maps, classification
     'padding-learned': (
-        'pixels that fill up label maps are not ignored',
-        'stops at the first image smaller than the crop, or learns them',
-        'set model.data_preprocessor.seg_pad_val to the ignore_index of the heads',
+        'padding of label maps is not ignored',
+        'stops, or learns it',
+        'set seg_pad_val to ignore_index',
     ),
-    'ignore-index-unsaid': (
-        'value that heads and evaluators ignore, and the data set does not name',
-        'ignores it',
-        'set ignore_index of the data set, too',
-    ),
+    'ignore-index-unsaid': ('value that all but the data set ignore', 'ignores it', 'set its ignore_index, too'),
     'map-all-ignored': ('label map of ignored pixels only', 'learns nothing from it', _REMOVE_SAMPLE),
     'class-without-samples': (
         'class without samples',
