@@ -25,7 +25,7 @@ import socket
 import struct
 import sys
 import tempfile
-import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -182,8 +182,8 @@ def run(options: list[str], training: bool) -> int:
     api._terminate_process_handler = handle_once
     with tempfile.TemporaryDirectory() as folder:
         note = Path(folder) / 'stopped'
-        started = str(time.time())
-        os.environ.update(VHEAT_STOP_NOTE=str(note), VHEAT_RUN_STARTED=started, VHEAT_LAUNCHER=str(os.getpid()))
+        launch = uuid.uuid4().hex  # by which restarted processes know their run
+        os.environ.update(VHEAT_STOP_NOTE=str(note), VHEAT_LAUNCH_ID=launch, VHEAT_LAUNCHER=str(os.getpid()))
         if training:
             note.touch()
         try:

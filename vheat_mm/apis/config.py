@@ -14,12 +14,10 @@ from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 
 from vheat_mm.apis.cfg_options import CfgOptionsAction, check_keys
-from vheat_mm.checkpoint.resume import find_newest, peek
 from vheat_mm.utils.config_place import type_name
 from vheat_mm.utils.errors import ToolError, describe
 from vheat_mm.utils.torchvision import ensure_torchvision
 
-RUN_STARTED = 'VHEAT_RUN_STARTED'  # seconds since the epoch, set by tools/dist_run.py
 SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}  # default_scope -> name on PyPI
 
 
@@ -122,48 +120,10 @@ def apply_randomness(cfg: Config, seed: int | None, deterministic: bool) -> None
     cfg.randomness = randomness
 
 
-def apply_resume(cfg: Config, resume: str | None) -> list[str]:
-    """``--resume [PATH]``; changes ``cfg``, also its seed, before samplers are built. Returns lines for the log.
-
-    Processes that torchrun has restarted resume without ``--resume``, from the newest checkpoint of their run.
-
-    Raises:
-        ToolError: The checkpoint cannot be resumed from.
-        CheckpointError: It cannot be read.
-    """
-    if resume is None and cfg.get('resume'):
-        resume = cfg.get('load_from') or 'auto'
-    path, notes = _find_after_restart(cfg)
-    if path is None and resume == 'auto':
-        path, notes = find_newest(cfg.work_dir)
-        if path is None:  # no error: jobs may use --resume at the first start, too
-            notes.append(f'no checkpoint to resume from in {cfg.work_dir}: training starts from the beginning')
-    path = path or (resume if resume != 'auto' else None)
-    if path is None:
-        cfg.resume = False
-        return notes
-    cfg.load_from, cfg.resume = path, True
-    meta = peek(path).get('meta', {})
-    if 'iter' not in meta:
-        raise ToolError(
-            f'cannot resume from {path!r}: it holds weights but no training state; to start a new training from '
-            'these weights, drop --resume and pass --cfg-options load_from=PATH'
-        )
-    notes.append(f'resuming from {path}, epoch {meta.get("epoch")}, iteration {meta["iter"]}')
-    randomness = dict(cfg.get('randomness') or {})
-    if meta.get('seed') is not None and meta['seed'] != randomness.get('seed'):
-        cfg.randomness = {**randomness, 'seed': meta['seed']}
-        notes.append(f'the seed of the interrupted run is used: {meta["seed"]}')
-    return notes
-
-
-def _find_after_restart(cfg: Config) -> tuple[str | None, list[str]]:
-    """The newest checkpoint of this run if dist_run.py or torchrun has restarted its processes."""
-    if RUN_STARTED in os.environ:
-        return find_newest(cfg.work_dir, since=float(os.environ[RUN_STARTED]))
-    if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0':
-        return find_newest(cfg.work_dir)
-    return None, []
+def apply_resume(cfg: Config, resume: str | None) -> None:
+    """``--resume [PATH]``; changes ``cfg``. What it means is decided when the run begins."""
+    if resume is not None:
+        cfg.resume, cfg.load_from = True, None if resume == 'auto' else resume
 
 
 def apply_amp(cfg: Config) -> None:

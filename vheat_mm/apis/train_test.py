@@ -18,12 +18,15 @@ from vheat_mm.apis.config import (
 from vheat_mm.apis.errors import run_reporting_errors
 from vheat_mm.apis.outputs import apply_out, apply_show
 from vheat_mm.apis.tta import apply_tta
+from vheat_mm.checkpoint.run import lock_work_dir
+from vheat_mm.checkpoint.run_folder import release_all
 from vheat_mm.engine import fileio
 from vheat_mm.engine.hooks import SetupEndHook
 from vheat_mm.engine.hooks.annotation_check_hook import check_annotations
 from vheat_mm.engine.runner.build import (
     add_fault_tolerance_hooks,
     add_hook,
+    begin_run,
     build_runner,
     remove_hook,
     set_dataloader_defaults,
@@ -31,7 +34,7 @@ from vheat_mm.engine.runner.build import (
 from vheat_mm.engine.runner.distributed import exit_process, tear_down_processes
 from vheat_mm.engine.runner.environment import log_environment
 from vheat_mm.utils.errors import ToolError
-from vheat_mm.utils.process import exit_on_signals
+from vheat_mm.utils.process import exit_on_signals, process_rank
 
 __all__ = ['exit_process', 'run_testing', 'run_training']
 
@@ -74,10 +77,12 @@ def run_training(argv: Sequence[str] | None = None) -> int:
         if args.auto_scale_lr:
             apply_auto_scale_lr(cfg, args.config)
         apply_randomness(cfg, args.seed, args.deterministic)
-        notes = apply_resume(cfg, args.resume)
+        apply_resume(cfg, args.resume)
+        notes = lock_work_dir(cfg.work_dir) if process_rank() == 0 else []  # before the runner writes into it
         set_dataloader_defaults(cfg)
         add_fault_tolerance_hooks(cfg)
         runner = build_runner(cfg, notes, phase)
+        begin_run(runner)
         log_environment(runner, sys.argv if argv is None else list(argv))
         check_annotations(runner, ['train', *([] if cfg.get('val_cfg') is None else ['val'])])
         runner.train()
@@ -88,6 +93,7 @@ def run_training(argv: Sequence[str] | None = None) -> int:
     try:
         return run_reporting_errors(body)
     finally:
+        release_all()
         if before in (signal.SIG_DFL, signal.SIG_IGN) and signal.getsignal(signal.SIGTERM) != before:
             signal.signal(signal.SIGTERM, before)  # not within tools/train.py, which exits now
 

@@ -1,21 +1,70 @@
-"""Safe reading and atomic writing of files in MMEngine, for the processes of the tools."""
+"""Safe reading and atomic writing of files in MMEngine.
+
+Importing this module makes all loaders of MMEngine drop text that it would execute; :func:`install`, for the processes
+of the tools, replaces the loaders.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import logging
 import mimetypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mmengine.fileio import LocalBackend, register_backend
+from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 
 from vheat_mm.checkpoint.io import atomic_file, read_checkpoint
 from vheat_mm.datasets.checks.images import MAX_BYTES, read_header, refuse_size
 from vheat_mm.models.pretrained_init import replace_pretrained_init
 from vheat_mm.utils.files import open_regular, read_regular
+
+_said: set[str] = set()
+_CODE = {'meta': ('config', 'cfg'), 'runtime_info': ('cfg',)}  # executed by Runner.resume and BaseInferencer
+
+
+def drop_code(checkpoint: Any, source: str) -> None:
+    """Remove the texts of configs from a checkpoint, in place, and log it once per file.
+
+    MMEngine reads them with ``Config.fromstring``, which executes them as Python; and a config builds its model from
+    names of any class or function.
+
+    Args:
+        checkpoint: What a loader returned.
+        source: Named in the log.
+    """
+    parts = checkpoint if isinstance(checkpoint, dict) else {}
+    hub = parts.get('message_hub')
+    parts = {'meta': parts.get('meta'), 'runtime_info': hub.get('runtime_info') if isinstance(hub, dict) else None}
+    dropped = []
+    for name, keys in _CODE.items():
+        part = parts[name]
+        for key in keys if isinstance(part, dict) else ():
+            if part.pop(key, None) is not None:
+                dropped.append(f'{name}.{key}')
+    if dropped and source not in _said:
+        _said.add(source)
+        print_log(
+            f'{source}: its config ({", ".join(dropped)}) is not used, because MMEngine would execute it; '
+            'inferencers need the config file beside the weights: model=CONFIG, weights=CHECKPOINT',
+            'current',
+            logging.INFO,
+        )
+
+
+def _without_code(load: Callable) -> Callable:
+    @functools.wraps(load)
+    def loader(filename: str, *args: Any, **options: Any) -> Any:
+        checkpoint = load(filename, *args, **options)
+        drop_code(checkpoint, filename)
+        return checkpoint
+
+    return loader
 
 
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
@@ -25,7 +74,13 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
         filename: Path or address.
         map_location: Ignored: tensors stay on the CPU until they are copied into the model.
     """
-    return read_checkpoint(filename)
+    checkpoint = read_checkpoint(filename)
+    drop_code(checkpoint, filename)
+    return checkpoint
+
+
+for _prefix, _loader in list(CheckpointLoader._schemes.items()):
+    CheckpointLoader.register_scheme(_prefix, _without_code(_loader), force=True)
 
 
 def install() -> None:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import all_gather_object, is_main_process
+import numpy as np
+from mmengine.dist import is_main_process
 from mmengine.fileio import register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from mmengine.runner.base_loop import BaseLoop
 
-from vheat_mm.checkpoint.resume import LAST, find_newest, stale_parts
-from vheat_mm.engine.fileio import AtomicLocalBackend
+from vheat_mm.checkpoint.resume import INTERRUPTED, RUN_ID, find_newest
+from vheat_mm.checkpoint.run import Run
+from vheat_mm.checkpoint.run_folder import LAST, RUN_FILE
+from vheat_mm.engine.fileio import AtomicLocalBackend, drop_code
 from vheat_mm.engine.finite_state import FiniteState
 from vheat_mm.engine.hooks.readable_checkpoint_hook import ReadableCheckpointHook
 from vheat_mm.engine.runner.log_writes import ignore_log_write_errors
 from vheat_mm.utils.dist import any_rank
-from vheat_mm.utils.errors import CheckpointError
 
-INTERRUPTED = 'interrupted.pth'  # one name, so that repeated interruptions do not fill the disk
 SUPERFLUOUS = 'superfluous_ckpt_id'  # in the message hub, beside MMEngine's keep_ckpt_ids
 
 # A name of its own leaves MMEngine's 'local' backend as it is.
@@ -36,8 +39,10 @@ class AtomicCheckpointHook(CheckpointHook):
     - A save that fails (disk full, over quota, storage unavailable) is an error in the log, and training continues.
       The run fails only if the last save fails. Errors of writing scalars to the log are ignored, too.
     - A state that is not finite is not saved, so it replaces no checkpoint: the run ends and names the first tensor.
-    - Resuming takes the newest intact checkpoint (:func:`vheat_mm.checkpoint.resume.find_newest`), where MMEngine's
-      ``resume=True`` would take a damaged one.
+    - Each run has an id, in ``run.json`` and in its checkpoints. ``resume=True`` takes the newest intact checkpoint
+      with that id (:func:`vheat_mm.checkpoint.resume.find_newest`), where MMEngine would take any file that
+      ``last_checkpoint`` names. A second training in the same work dir is refused.
+    - Only files that a run of this folder wrote are removed, whatever paths a checkpoint names.
 
     For local folders. In a remote storage, only the order of writing and removing changes.
     """
@@ -46,6 +51,8 @@ class AtomicCheckpointHook(CheckpointHook):
     _readable: ReadableCheckpointHook | None = None
     _saved_iterations = -1  # of the last checkpoint; known to rank 0
     _finite: FiniteState | None = None  # from before_train on
+    _run: Any = None  # a Run, from start() on
+    _folders: set[str] = set()  # noqa: RUF012 (replaced; DeepSpeed's checkpoints that this process wrote)
     _meta: dict = {}  # noqa: RUF012 (replaced, never changed in place)
     # Attributes of MMEngine's class, which declares no types.
     backend_args: dict | None
@@ -53,34 +60,103 @@ class AtomicCheckpointHook(CheckpointHook):
     last_ckpt: str | None
 
     def before_run(self, runner: Runner) -> None:
-        """Choose the checkpoint to resume from if ``resume=True`` names none."""
+        """Begin the run; for a validation or a test, only choose the checkpoint if ``resume=True`` names none."""
         if self._readable is None:
             self._readable = ReadableCheckpointHook()
             runner.register_hook(self._readable)
-        if runner._resume and runner._load_from is None:
-            runner._load_from, notes = find_newest(runner.work_dir)
+        if isinstance(runner._train_loop, BaseLoop):
+            self.start(runner)
+        elif runner._resume and runner._load_from is None:
+            runner._load_from, notes = find_newest(runner.work_dir, self._folder(runner), self.filename_tmpl)
             runner._resume = runner._load_from is not None
-            if not runner._resume:
-                notes.append(f'no checkpoint to resume from in {runner.work_dir}: training starts from the beginning')
             for note in notes:
                 runner.logger.warning(note)
 
+    def start(self, runner: Runner) -> None:
+        """Begin the run: lock the work dir, choose what to resume from, take over its seed; once per training.
+
+        ``tools/train.py`` calls this early, because ``FlexibleRunner`` loads before it calls ``before_run``.
+
+        Raises:
+            ToolError: Another process trains in the work dir.
+            CheckpointError: There is no checkpoint to resume from where there must be one.
+        """
+        if self._run is not None and self._run.started:
+            return
+        self._folders = set()
+        self._run = Run(runner.work_dir, self._folder(runner), self.filename_tmpl)
+        start = self._run.begin(runner._resume, runner._load_from if runner._resume else None, runner._has_loaded)
+        for note in start.notes:
+            runner.logger.warning(note)
+        if start.path is not None and start.place is not None:
+            runner._load_from, runner._resume = start.path, True
+            where = f'epoch {start.place.epoch}, iteration {start.place.iteration}'
+            runner.logger.info(f'resuming from {start.path}, {where}')
+        elif not runner._has_loaded:
+            runner._resume = False
+        seed = start.place and start.place.seed
+        if seed is not None and seed != runner._randomness_cfg.get('seed'):
+            runner._randomness_cfg = {**runner._randomness_cfg, 'seed': seed}
+            set_randomness = getattr(runner, 'set_randomness', None) or runner.strategy._set_randomness
+            set_randomness(**runner._randomness_cfg)
+            runner.logger.info(f'the seed of the interrupted run is used: {seed}')
+
+    def _folder(self, runner: Runner) -> str:
+        """Where MMEngine's ``before_train`` will save."""
+        if self.out_dir is None or str(self.out_dir) == runner.work_dir:
+            return runner.work_dir
+        return f'{str(self.out_dir).rstrip("/")}/{Path(runner.work_dir).name}'
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Drop text that MMEngine would execute, also where ``tools/`` did not install the loader."""
+        drop_code(checkpoint, str(runner._load_from))
+
     def before_train(self, runner: Runner) -> None:
-        """Choose the file backend, and remove temporary files of killed processes."""
-        folder = self.out_dir or runner.work_dir
+        """Choose the file backend; of what the resumed checkpoint says about files, keep those of this run."""
+        folder = str(self.out_dir or runner.work_dir)
         if not (self.backend_args or self.file_client_args or '://' in folder):
             self.backend_args = dict(backend='vheat_atomic')
+        if self._run is None:  # the runner has not called before_run
+            self._run = Run(runner.work_dir, self._folder(runner), self.filename_tmpl)
+        superfluous = self._believe_own_files(runner)
         super().before_train(runner)
         self._finite = FiniteState(runner)
         ignore_log_write_errors(runner)
         # The process may have been killed between writing a checkpoint and removing the one it replaced.
-        if (step := runner.message_hub.runtime_info.get(SUPERFLUOUS)) not in getattr(self, 'keep_ckpt_ids', ()):
+        for step in superfluous:
             self._remove_step(step)
-        _check_same_iteration(runner)
-        if is_main_process():
-            for part in {*stale_parts(self.out_dir), *stale_parts(runner.work_dir)}:
-                part.unlink(missing_ok=True)
-                runner.logger.info(f'{part} removed: temporary file of a killed process')
+
+    def _believe_own_files(self, runner: Runner) -> list[int]:
+        """Reduce paths and numbers of checkpoints in the message hub to this run's; returns those to remove."""
+        info, dropped = runner.message_hub.runtime_info, []
+        for key in [key for key in info if key.startswith(('best_ckpt', 'last_ckpt'))]:
+            name = self._run.name_of(info[key])
+            if name is None:
+                dropped.append(f'{key}={info.pop(key)!r}')
+            else:
+                info[key] = self._run.join(name)
+        for key in [key for key in info if key.startswith('best_score')]:
+            if not isinstance(info[key], int | float | np.number):
+                dropped.append(f'{key}={info.pop(key)!r}')
+        kept, superfluous = info.get('keep_ckpt_ids', []), info.get(SUPERFLUOUS)
+        numbers = [step for step in kept if type(step) is int] if isinstance(kept, list) else []
+        if kept != numbers:
+            dropped.append(f'keep_ckpt_ids={kept!r}')
+        if superfluous is not None and type(superfluous) is not int:
+            dropped.append(f'{SUPERFLUOUS}={info.pop(SUPERFLUOUS)!r}')
+            superfluous = None
+        keep = numbers[-self.max_keep_ckpts :] if self.max_keep_ckpts > 0 else numbers
+        if 'keep_ckpt_ids' in info:
+            info['keep_ckpt_ids'] = list(keep)
+        if dropped:
+            shown = ', '.join(text if len(text) < 200 else f'{text[:200]}...' for text in dropped)
+            runner.logger.warning(f'not believed, because no run of this folder wrote such files: {shown}')
+        return [step for step in dict.fromkeys([*numbers, superfluous]) if step is not None and step not in keep]
+
+    def after_run(self, runner: Runner) -> None:
+        """Release the work dir."""
+        if self._run is not None and self._run.started:
+            self._run.end()
 
     def after_train(self, runner: Runner) -> None:
         """Retry the last save if it failed. Raises OSError if it fails again.
@@ -120,8 +196,16 @@ class AtomicCheckpointHook(CheckpointHook):
             hub.update_info(SUPERFLUOUS, None)
 
     def _remove_step(self, step: int | None) -> None:
-        if step is not None and is_main_process():
-            _remove(self.file_backend, self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step)))
+        if step is not None:
+            self._remove_own(self.filename_tmpl.format(step))
+
+    def _remove_own(self, name: str) -> None:
+        """Remove a checkpoint if a run of this folder wrote it; DeepSpeed's folders only if this process did."""
+        if self._run is None or not is_main_process():
+            return
+        if self._run.may_remove(name) or name in self._folders:
+            _remove(self.file_backend, self._run.join(name))
+            self._run.has_removed(name)
 
     def _save(self, runner: Runner, name: str, meta: dict) -> str | None:
         """Write a checkpoint, then ``last_checkpoint``; returns the path, or ``None`` if it could not be written."""
@@ -132,6 +216,7 @@ class AtomicCheckpointHook(CheckpointHook):
         runner.call_hook('before_collective_save')  # on all ranks; MMEngine's before_save_checkpoint is on rank 0
         self._meta = dict(meta)  # FlexibleRunner changes the one that it gets
         try:
+            self._run.will_write(name)
             runner.save_checkpoint(
                 self.out_dir,
                 name,
@@ -153,24 +238,29 @@ class AtomicCheckpointHook(CheckpointHook):
         self._failed, self.last_ckpt = None, path
         self._saved_iterations = meta.get('iter', -1)  # the runner has set it
         if is_main_process():
+            if self.file_backend.isdir(path):
+                self._folders.add(name)
             try:
-                AtomicLocalBackend().put_text(path, Path(runner.work_dir) / LAST)
-            except OSError as error:  # find_newest does not need this file
-                _log_failed_save(runner, LAST, error)
+                self._run.has_written()
+                AtomicLocalBackend().put(os.fsencode(path), Path(runner.work_dir) / LAST)
+            except OSError as error:  # find_newest does not need these files
+                _log_failed_save(runner, f'{RUN_FILE} or {LAST}', error)
             if name != INTERRUPTED:  # the new checkpoint is newer than the interrupted state
-                _remove(self.file_backend, self.file_backend.join_path(self.out_dir, INTERRUPTED))
+                self._remove_own(INTERRUPTED)
         return path
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Restore the epoch and iteration of the checkpoint, which ``FlexibleRunner`` overwrites."""
+        """Restore the epoch and iteration of the checkpoint, which ``FlexibleRunner`` overwrites; add the run's id."""
         checkpoint['meta'].update(self._meta)
+        if self._run is not None:
+            checkpoint['meta'][RUN_ID] = self._run.record.id
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if not self.save_best or self._finite is None:  # a validation without a training saves nothing
             return
         self._finite.require(self.last_ckpt)
         before, info = self._best(), dict(runner.message_hub.runtime_info)
-        backend, self.file_backend = self.file_backend, _DeferredRemoval(self.file_backend)
+        backend, self.file_backend = self.file_backend, _BestFiles(self.file_backend, self._run)
         deferred = self.file_backend
         try:
             super()._save_best_checkpoint(runner, metrics)
@@ -186,7 +276,8 @@ class AtomicCheckpointHook(CheckpointHook):
         finally:
             self.file_backend = backend
         for path in set(deferred.paths) - set(self._best().values()):
-            _remove(backend, path)
+            if name := self._run.name_of(path):
+                self._remove_own(name)
 
     def _best(self) -> dict[str, Any]:
         if hasattr(self, 'best_ckpt_path_dict'):
@@ -194,31 +285,26 @@ class AtomicCheckpointHook(CheckpointHook):
         return dict(best=getattr(self, 'best_ckpt_path', None))
 
 
-class _DeferredRemoval:
-    """A file backend that collects the paths to remove instead of removing them."""
+class _BestFiles:
+    """A file backend that collects the paths to remove instead of removing them, and notes the names of new files."""
 
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
+    def __init__(self, backend: Any, run: Run) -> None:
+        self._backend, self._run = backend, run
         self.paths: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
+
+    def join_path(self, folder: str, name: str) -> str:
+        """Path of the new best checkpoint, or of a regular one."""
+        self._run.will_write(name)
+        return self._backend.join_path(folder, name)
 
     def remove(self, path: str) -> None:
         """Collect a path."""
         self.paths.append(path)
 
     rmtree = remove
-
-
-def _check_same_iteration(runner: Runner) -> None:
-    """Raise CheckpointError if processes resumed at different iterations."""
-    places = all_gather_object((runner.epoch, runner.iter))
-    if len(set(places)) > 1:
-        raise CheckpointError(
-            f'processes have resumed at different (epoch, iteration): {places}; their work_dir {runner.work_dir!r} '
-            'must be the same folder on all machines'
-        )
 
 
 def _log_failed_save(runner: Runner, what: str, error: OSError) -> None:

@@ -8,6 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from vheat_mm.engine.hooks.atomic_checkpoint_hook import AtomicCheckpointHook
 from vheat_mm.engine.runner.distributed import set_up_processes
 from vheat_mm.utils.config_place import is_type
 from vheat_mm.utils.errors import ToolError
@@ -36,6 +37,18 @@ def build_runner(cfg: Config, notes: list[str], hook: Hook) -> Runner:
     for note in notes:
         runner.logger.info(note)
     return runner
+
+
+def begin_run(runner: Runner) -> None:
+    """Choose what to resume from before training starts; see :meth:`AtomicCheckpointHook.start`."""
+    hooks = [hook for hook in runner.hooks if isinstance(hook, AtomicCheckpointHook)]
+    for hook in hooks[:1]:
+        hook.start(runner)
+    if not hooks:
+        runner.logger.warning(
+            'default_hooks.checkpoint is no AtomicCheckpointHook: MMEngine chooses what to resume from, and restarted '
+            'processes begin as the command line says'
+        )
 
 
 def add_hook(cfg: Config, name: str) -> None:
