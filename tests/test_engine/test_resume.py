@@ -133,6 +133,33 @@ def test_changed_settings(tmp_path, interrupted, name):
     assert len([line for line in log.read_text().splitlines() if message in line]) == 1
 
 
+ODD = [
+    dict(vheat_settings='x', vheat_batches_done=1),
+    dict(vheat_batches_done='1'),
+    dict(vheat_early_stopping=dict(stopped=True)),
+    dict(vheat_early_stopping=3),
+]
+
+
+@pytest.mark.parametrize('meta', ODD, ids=str)
+def test_odd_entries_are_an_error_of_the_checkpoint(tmp_path, interrupted, meta):
+    checkpoint = read_checkpoint(interrupted)
+    checkpoint['meta'].update(meta)
+    torch.save(checkpoint, tmp_path / 'odd.pth')
+    with pytest.raises(CheckpointError, match=r'odd.pth.*position or settings'):
+        train(tmp_path, True, 0, 3, hooks=ALL_HOOKS, checkpoint=ATOMIC, resume=str(tmp_path / 'odd.pth'))
+
+
+def test_checkpoints_of_the_version_before(tmp_path, interrupted):
+    """They hold neither settings nor what is validated."""
+    checkpoint = read_checkpoint(interrupted)
+    for key in ('vheat_settings', 'vheat_validated', 'vheat_early_stopping'):
+        del checkpoint['meta'][key]
+    torch.save(checkpoint, tmp_path / 'old.pth')
+    train(tmp_path, True, 0, 3, hooks=ALL_HOOKS, checkpoint=ATOMIC, resume=str(tmp_path / 'old.pth'))
+    assert len(RecordBatches.batches) == 6
+
+
 def test_a_changed_batch_size_by_iteration(tmp_path):
     """The position in the data is kept, also by later checkpoints: nothing is trained twice in this pass."""
     options = dict(hooks=ALL_HOOKS, checkpoint=ATOMIC, sampler='InfiniteSampler')

@@ -19,6 +19,7 @@ from vheat_mm.engine.runner.data_loading import lazy_iterator, set_fetch, train_
 from vheat_mm.engine.runner.resumable_sampler import ITERATION, ResumableBatchSampler, SeededFetch, reseed
 from vheat_mm.engine.runner.run_settings import batches_done, compare_settings, run_settings
 from vheat_mm.engine.runner.stateful_parts import note_stateful_parts
+from vheat_mm.utils.errors import CheckpointError
 
 # Entries of a checkpoint's ``meta``, and of the checkpoint.
 BATCHES_DONE, SETTINGS, VALIDATED, EARLY = (
@@ -56,6 +57,7 @@ class ReproducibleHook(Hook):
     def __init__(self) -> None:
         self._sampler: ResumableBatchSampler | None = None
         self._epoch = self._batch_idx = -1
+        self._start = 0  # batches that were done before
         self._ahead = 0  # batches drawn minus iterations, in iteration-based loops
         self._seed = 0
         self._validated = 0  # iteration of the last complete validation
@@ -69,9 +71,18 @@ class ReproducibleHook(Hook):
         if runner._resume:
             self._resumed_meta = meta = checkpoint.get('meta', {})
             self._resumed_gradients = checkpoint.get(GRADIENTS, {})
-            self._settings = run_settings(runner)
-            for line in compare_settings(meta.get(SETTINGS, {}), self._settings, meta, str(runner._load_from)):
-                runner.logger.warning(f'changed since the checkpoint: {line}')
+            self._settings, path = run_settings(runner), str(runner._load_from)
+            old = meta.get(SETTINGS, self._settings)  # an earlier version stored none
+            try:
+                for line in compare_settings(old, self._settings, meta, path):
+                    runner.logger.warning(f'changed since the checkpoint: {line}')
+                self._start = batches_done(meta.get(BATCHES_DONE, 0), old, self._settings)
+                _restore_early_stopping(runner, meta.get(EARLY))
+            except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+                raise CheckpointError(
+                    f'cannot resume from {path!r}: its position or settings are not those of a training ({error!r}); '
+                    'resume from another checkpoint'
+                ) from error
 
     def before_train(self, runner: Runner) -> None:
         """Replace the loader's batch sampler, and continue where the checkpoint was written."""
@@ -80,9 +91,9 @@ class ReproducibleHook(Hook):
         if note := note_stateful_parts(runner):
             runner.logger.warning(note)
         self._replace_sampler(runner)
-        _restore_early_stopping(runner, self._resumed_meta.get(EARLY))
         self._validated = self._resumed_meta.get(VALIDATED, runner.iter)
-        if self._validated != runner.iter and _validates_now(runner, self._resumed_meta.get(BATCHES_DONE, 0)):
+        lost = self._sampler is not None and self._validated != runner.iter
+        if lost and _validates_now(runner, self._resumed_meta.get(BATCHES_DONE, 0)):
             runner.logger.info('the checkpoint was written before a validation: it is run now')
             runner.val_loop.run()
 
@@ -119,22 +130,17 @@ class ReproducibleHook(Hook):
             return
         if isinstance(loop, IterBasedTrainLoop):
             if SETTINGS in self._resumed_meta:
-                self._ahead = self._batches_done() - runner.iter
+                self._ahead = self._start - runner.iter
             self._sampler.start = runner.iter + self._ahead
             loop.dataloader_iterator = lazy_iterator(loop.dataloader, skip=runner.iter)
             return
-        start, self._resumed_meta = self._batches_done(), {}
+        start, self._start = self._start, 0
         self._sampler.epoch, self._sampler.start = runner.epoch, start
         if start:
             runner.logger.info(f'epoch {runner.epoch + 1} continues after {start} of {len(loop.dataloader)} batches')
             run_iter = loop.run_iter
             # The loop counts from 0; logs and intervals need the number within the epoch.
             loop.run_iter = lambda idx, data_batch: run_iter(idx + start, data_batch)
-
-    def _batches_done(self) -> int:
-        return batches_done(
-            self._resumed_meta.get(BATCHES_DONE, 0), self._resumed_meta.get(SETTINGS, {}), self._settings
-        )
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Count the batches of the next epoch from 0."""
@@ -205,7 +211,7 @@ def _restore_early_stopping(runner: Runner, saved: dict[str, Any] | None) -> Non
         return
     hooks = [hook for hook in runner.hooks if isinstance(hook, EarlyStoppingHook)]
     for hook, counts in zip(hooks, saved['counts'], strict=True):
-        hook.wait_count, hook.best_score = counts
+        hook.wait_count, hook.best_score = int(counts[0]), float(counts[1])
     if saved['stopped'] and saved['settings'] == own['settings']:
         runner.train_loop.stop_training = True
         runner.logger.warning(
