@@ -30,8 +30,10 @@ class FiniteState:
         self._new_exempt: list[str] = []
         self.first_non_finite(judge_all=False)
 
-    def require(self, kept: str | None) -> None:
-        """Check before a checkpoint is written; all processes must call this. ``kept``: the last one, which stays.
+    def require(self, kept: str | None, alone: bool = False) -> None:
+        """Check before a checkpoint is written; all processes must call this, unless this one saves ``alone``.
+
+        ``kept``: the last checkpoint, which stays.
 
         Raises:
             NonFiniteError: Something is not finite; the message names it.
@@ -42,7 +44,7 @@ class FiniteState:
                 f'not checked, because they were not finite from the start: {some_of(self._new_exempt)}'
             )
             self._new_exempt = []
-        if any_rank(first is not None):
+        if first is not None if alone else any_rank(first is not None):
             raise NonFiniteError(
                 f'{first or "the state of another process"} is not finite. No checkpoint is written, '
                 f'{f"and {kept!r} stays" if kept else "and there is no earlier one"}. Training ends, because this '

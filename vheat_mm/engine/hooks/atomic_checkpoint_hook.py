@@ -174,10 +174,13 @@ class AtomicCheckpointHook(CheckpointHook):
                 raise self._failed
         super().after_train(runner)
 
-    def save_interrupted(self, runner: Runner, finished_iterations: int) -> str | None:
-        """Save the training state at any iteration; returns the path, or ``None`` if it could not be written."""
+    def save_interrupted(self, runner: Runner, finished_iterations: int, alone: bool = False) -> str | None:
+        """Save the training state at any iteration; returns the path, or ``None`` if it could not be written.
+
+        ``alone``: the other processes do not save now.
+        """
         meta = dict(epoch=runner.epoch, iter=finished_iterations)
-        return self._save(runner, INTERRUPTED, meta)
+        return self._save(runner, INTERRUPTED, meta, alone)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         hub, kept = runner.message_hub, list(getattr(self, 'keep_ckpt_ids', ()))
@@ -207,10 +210,10 @@ class AtomicCheckpointHook(CheckpointHook):
             _remove(self.file_backend, self._run.join(name))
             self._run.has_removed(name)
 
-    def _save(self, runner: Runner, name: str, meta: dict) -> str | None:
+    def _save(self, runner: Runner, name: str, meta: dict, alone: bool = False) -> str | None:
         """Write a checkpoint, then ``last_checkpoint``; returns the path, or ``None`` if it could not be written."""
         assert self._finite is not None
-        self._finite.require(self.last_ckpt)
+        self._finite.require(self.last_ckpt, alone)
         path, before = self.file_backend.join_path(self.out_dir, name), self.last_ckpt
         runner.message_hub.update_info('last_ckpt', path)
         runner.call_hook('before_collective_save')  # on all ranks; MMEngine's before_save_checkpoint is on rank 0

@@ -81,7 +81,7 @@ class StopSignalHook(Hook):
         can_save = is_main_process() and isinstance(runner, Runner)
         if self._received is not None and self._saved is None and can_save and self._previous:
             with _training_weights(runner):
-                self._write(runner, runner.iter)
+                self._write(runner, runner.iter, alone=True)
 
     def after_val(self, runner: Runner) -> None:
         """Save and exit after the validation if any process has received a signal."""
@@ -102,10 +102,10 @@ class StopSignalHook(Hook):
         broadcast_object_list(saved)
         self._saved = saved[0]
 
-    def _write(self, runner: Runner, finished_iterations: int) -> None:
+    def _write(self, runner: Runner, finished_iterations: int, alone: bool = False) -> None:
         for hook in runner.hooks:
             if isinstance(hook, AtomicCheckpointHook):
-                self._saved = hook.save_interrupted(runner, finished_iterations)
+                self._saved = hook.save_interrupted(runner, finished_iterations, alone)
                 return
         runner.logger.warning(
             'training state not saved: StopSignalHook needs AtomicCheckpointHook as default_hooks.checkpoint'
