@@ -64,6 +64,19 @@ def test_segmentor(tmp_path):
     assert (apis.MMSegInferencer(*files, device='cpu')(IMAGE)['predictions'] == expected).all()
 
 
+def test_a_config_inside_a_checkpoint_is_not_executed(tmp_path, capfd):
+    """MMEngine would, where only weights are given; the log says what to give instead."""
+    apis = pytest.importorskip('mmdet.apis')
+    path, proof = tmp_path / 'epoch_1.pth', tmp_path / 'ran'
+    code = f'open({str(proof)!r}, "w").close()\nmodel = dict(type="X")'
+    torch.save(dict(state_dict={}, meta=dict(cfg=code), message_hub=dict(runtime_info=dict(cfg=code))), path)
+    with pytest.raises(ValueError, match='Cannot find the config'):
+        apis.DetInferencer(weights=str(path), device='cpu')
+    output = capfd.readouterr()
+    assert 'model=CONFIG, weights=CHECKPOINT' in output.out + output.err
+    assert not proof.exists()
+
+
 def test_classifier(tmp_path):
     mmpretrain = pytest.importorskip('mmpretrain')
     base = 'classification/vheat-t_16xb128_in1k.py'
