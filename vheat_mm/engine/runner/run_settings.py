@@ -17,7 +17,6 @@ _NOTES = {
     'batch_size': _POSITION,
     'number of samples': _POSITION,
     'number of processes': _POSITION,
-    'seed': 'the one of the checkpoint is used',
     'accumulative_counts': 'the number of samples in an optimizer step changes from here on',
     'parameter schedulers': 'the learning rate stays at its value in the checkpoint',
 }
@@ -46,7 +45,6 @@ def run_settings(runner: Runner) -> dict[str, Any]:
         'batch_size': getattr(loader.batch_sampler, 'batch_size', None),
         'number of samples': len(loader.dataset) if hasattr(loader.dataset, '__len__') else None,
         'number of processes': get_world_size(),
-        'seed': runner._randomness_cfg.get('seed'),
         'accumulative_counts': [getattr(each, '_accumulative_counts', 1) for each in wrappers.values()],
         'EMAHook': any(isinstance(hook, EMAHook) for hook in runner.hooks),
         'optimizer': [type(getattr(each, 'optimizer', each)).__name__ for each in wrappers.values()],
