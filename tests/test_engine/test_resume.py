@@ -98,7 +98,7 @@ CHANGES = {
     'learning rate': (optimizer(type='AdamW', lr=0.01), 'optimizer: lr 0.1 -> 0.01: the value of the config is NOT', 6),
     'no schedulers': (schedulers(), 'LinearLR, ExponentialLR -> none: the learning rate stays', 6),
     'shorter': (lambda settings: settings['train_cfg'].update(max_epochs=1), '3 -> 1: 1 are done, nothing is left', 0),
-    'seed': (lambda settings: settings.update(randomness=dict(seed=9)), 'the seed of the interrupted run is used: 5', 6),
+    'seed': (lambda settings: settings.update(randomness=dict(seed=9)), 'seed of the interrupted run is used: 5', 6),
     'loop': (set_loop, 'kind of loop by epoch -> by iteration', None),
     'optimizer': (optimizer(type='SGD', lr=0.1, momentum=0.9), 'optimizer AdamW -> SGD', None),
     'schedulers': (schedulers(dict(type='CosineAnnealingLR', T_max=3)), 'ExponentialLR -> CosineAnnealingLR', None),
