@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +15,7 @@ from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import nn
 
 from vheat_mm import VHeat
+from vheat_mm.engine.hooks import StopSignalHook
 from vheat_mm.engine.hooks.annotation_check_hook import check_batch, check_classes, class_heads
 from vheat_mm.utils.errors import AnnotationError
 from vheat_mm.utils.torchvision import ensure_torchvision
@@ -121,3 +125,22 @@ def test_number_of_class_names():
         check_classes(SimpleNamespace(metainfo=dict(classes=('a', 'b', 'c'))), heads, runner)
     with pytest.raises(AnnotationError, match=r"classes=\('nut',\)"):
         check_classes(SimpleNamespace(metainfo=dict(classes='nut')), heads, runner)
+
+
+# --- signals
+
+
+def test_forked_processes_end_on_the_signal():
+    """mmdet's VOCMetric ends its pool by SIGTERM and waits for it: a copy of the handler kept it alive for ever."""
+    previous = signal.signal(signal.SIGTERM, StopSignalHook()._receive)
+    ready, tell = os.pipe()
+    try:
+        if not (child := os.fork()):
+            os.write(tell, b'x')  # until here, Python drops signals
+            time.sleep(20)
+            os._exit(0)
+        os.read(ready, 1)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, previous)

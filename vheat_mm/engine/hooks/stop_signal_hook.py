@@ -45,6 +45,7 @@ class StopSignalHook(Hook):
             raise ValueError(f"StopSignalHook: signals={signals!r}, expected names such as ('SIGTERM', 'SIGUSR1')")
         self.signals = [getattr(signal, name) for name in signals]
         self._received: str | None = None
+        self._process = os.getpid()
         self._saved: str | None = None
         self._previous: dict[int, Any] = {}
         if signal.getsignal(signal.SIGTERM) is exit_before_training:  # within the tools: from now on, all of them
@@ -63,6 +64,8 @@ class StopSignalHook(Hook):
             loader.worker_init_fn = WorkerInit(loader.worker_init_fn)
 
     def _receive(self, number: int, _: object) -> None:
+        if os.getpid() != self._process:  # forked, such as the pool of a metric, which ends its processes by SIGTERM
+            os._exit(128 + number)
         self._received = signal.Signals(number).name
 
     def after_train_iter(
