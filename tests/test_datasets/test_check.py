@@ -10,6 +10,8 @@ from pathlib import Path
 import corrupt_data
 import pytest
 from data_checks import CLASSIFICATION, DETECTION, SEGMENTATION, check, dataset
+from mmengine.registry import DATASETS
+from torch.utils.data import Dataset
 
 from vheat_mm.datasets.checks.check import show_progress
 from vheat_mm.datasets.checks.kinds import KINDS, Severity
@@ -43,6 +45,12 @@ def test_boxes_of_other_formats(tmp_path, coco):
     data = dict(type='BaseDetDataset', ann_file=str(tmp_path / 'x.json'), pipeline=[])
     kinds = {'box-not-finite', 'box-negative', 'box-degenerate', 'label-out-of-range', 'image-without-annotation'}
     assert set(check('mmdet', train=data).counts) == kinds | {'duplicate-file'}
+
+
+def test_own_data_sets_of_pytorch(monkeypatch):
+    """They have samples only; a training on one is not held up."""
+    monkeypatch.setitem(DATASETS.module_dict, 'OwnNumbers', type('OwnNumbers', (Dataset,), {}))
+    assert not check('mmdet', train=dict(type='mmengine.OwnNumbers')).counts
 
 
 def test_each_file_once_however_many_name_it(coco):

@@ -121,6 +121,8 @@ def _list_lines(part: Part, note: Note) -> Iterator[Sample]:
 def _list_loaded(part: Part, note: Note) -> Iterator[Sample]:
     """Any other data set, read by its own methods."""
     dataset = part.dataset
+    if not hasattr(dataset, 'get_data_info'):  # not a data set of OpenMMLab: only its samples can be loaded
+        return
     place = str(getattr(dataset, 'ann_file', '') or getattr(dataset, 'data_root', '') or part.place)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
