@@ -15,7 +15,7 @@ from vheat_mm.utils.errors import CheckpointError, StopRequested
 
 ATOMIC = dict(type='AtomicCheckpointHook')
 BEST = ATOMIC | dict(save_best='score', rule='greater', max_keep_ckpts=1)
-SCORES = [0.5, 0.9, 0.7, 0.6, 0.4]
+SCORES = [0.5, 0.9, 0.7, 0.6, 0.4, 0.3]
 LOOPS = [pytest.param(True, 4, 1, 'DefaultSampler'), pytest.param(False, 16, 4, 'InfiniteSampler')]
 
 
@@ -26,6 +26,7 @@ def scores(monkeypatch):
 
     def score(metric, results):
         assert state['iteration'] != state['killed'], 'killed'
+        state['validations'] += 1
         return dict(score=SCORES[state['iteration'] // 4 - 1])
 
     def note(hook, runner):
@@ -39,7 +40,7 @@ def scores(monkeypatch):
 @pytest.mark.parametrize(('by_epoch', 'length', 'interval', 'sampler'), LOOPS)
 @pytest.mark.parametrize('killed', [8, 16])
 def test_a_validation_cut_short_is_run_after_resuming(tmp_path, scores, by_epoch, length, interval, sampler, killed):
-    checkpoint = BEST | (dict() if by_epoch else dict(interval=4))
+    checkpoint = BEST | dict(interval=1 if by_epoch else 4, max_keep_ckpts=-1 if killed == 8 else 1)
     options = dict(hooks=ALL_HOOKS, checkpoint=checkpoint, validate=interval, sampler=sampler)
     train(tmp_path / 'full', by_epoch, 0, length, **options)
     scores['killed'] = killed
@@ -51,9 +52,15 @@ def test_a_validation_cut_short_is_run_after_resuming(tmp_path, scores, by_epoch
     names = [sorted(path.name for path in (tmp_path / name).glob('*.pth')) for name in ('full', 'again')]
     assert names[0] == names[1]
     assert len([name for name in names[0] if 'best' in name]) == 1
-    if killed == 8:  # the same file is not validated again: it was written before the last validation only
-        last = read_checkpoint(tmp_path / 'again' / names[0][-1])
-        assert last['message_hub']['runtime_info']['best_score'] == 0.9
+    if killed == 8:  # the resumed file is written again, with the new best score
+        for name in ('epoch_2.pth' if by_epoch else 'iter_8.pth', names[0][-1]):
+            assert read_checkpoint(tmp_path / 'again' / name)['message_hub']['runtime_info']['best_score'] == 0.9
+    validations = scores['validations']
+    train(tmp_path / 'again', by_epoch, 0, length, **options, resume=True)
+    assert scores['validations'] == validations  # a finished training is not validated again
+    options['validate'] *= 2
+    train(tmp_path / 'again', by_epoch, 0, length * 3 // 2, **options, resume=True)
+    assert scores['validations'] == validations + 2
 
 
 def test_patience_survives(tmp_path, scores, monkeypatch):
@@ -131,6 +138,18 @@ def test_changed_settings(tmp_path, interrupted, name):
     assert len(RecordBatches.batches) == batches
     (log,) = tmp_path.glob('*/*.log')
     assert len([line for line in log.read_text().splitlines() if message in line]) == 1
+
+
+def test_another_number_of_processes(tmp_path, interrupted, capfd):
+    """One batch of each of two processes is as much of the epoch as two batches of one."""
+    checkpoint = read_checkpoint(interrupted)
+    checkpoint['meta']['vheat_settings']['number of processes'] = 2
+    checkpoint['meta']['vheat_batches_done'] = 1
+    torch.save(checkpoint, tmp_path / 'two.pth')
+    options = dict(hooks=ALL_HOOKS, checkpoint=ATOMIC, resume=str(tmp_path / 'two.pth'))
+    train(tmp_path, True, 0, 3, **options, change=lambda settings: settings.update(log_level='WARNING'))
+    assert len(RecordBatches.batches) == 6
+    assert capfd.readouterr().out.count('number of processes 2 -> 1: training continues at about the same part') == 1
 
 
 ODD = [

@@ -159,7 +159,8 @@ class Run:
         if chosen.run_id is None:
             result = dataclasses.replace(old.next_run(), names=names)
         else:
-            result = RunRecord(id=chosen.run_id, saved=True, names=names)
+            ended = old.ended if chosen.run_id == old.id else None
+            result = RunRecord(id=chosen.run_id, saved=True, ended=ended, names=names)
         result.names = list(dict.fromkeys(result.names))
         return result
 
@@ -186,8 +187,11 @@ class Run:
             notes += lock(Path(self.folder), run_id, seconds)
         return list(dict.fromkeys(notes))
 
-    def end(self) -> None:
-        """Release the locks."""
+    def end(self, iteration: int) -> None:
+        """Note that the training is complete, and release the locks."""
+        self.record.ended = iteration
+        with contextlib.suppress(OSError):
+            self._write()
         release(self.work_dir)
         if not self.remote:
             release(Path(self.folder))

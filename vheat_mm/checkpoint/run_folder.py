@@ -35,6 +35,7 @@ class RunRecord:
     Attributes:
         id: Of the run that was started last; each of its checkpoints bears it.
         saved: Whether that run has written a checkpoint.
+        ended: Iteration at which that run was complete, with its last validation.
         before: Until then, the id of the run whose checkpoints lie in the folder.
         launches: Ids of the launchers that started the processes of that run.
         names: Checkpoints that runs of this folder wrote, as paths relative to the folder of the checkpoints.
@@ -42,6 +43,7 @@ class RunRecord:
 
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     saved: bool = False
+    ended: int | None = None
     before: str | None = None
     launches: list[str] = dataclasses.field(default_factory=list)
     names: list[str] = dataclasses.field(default_factory=list)

@@ -120,6 +120,7 @@ class AtomicCheckpointHook(CheckpointHook):
             self._run = Run(runner.work_dir, self._folder(runner), self.filename_tmpl)
         superfluous = self._believe_own_files(runner)
         super().before_train(runner)
+        self.last_ckpt = runner.message_hub.runtime_info.get('last_ckpt')
         self._finite = FiniteState(runner)
         ignore_log_write_errors(runner)
         # The process may have been killed between writing a checkpoint and removing the one it replaced.
@@ -154,9 +155,9 @@ class AtomicCheckpointHook(CheckpointHook):
         return [step for step in dict.fromkeys([*numbers, superfluous]) if step is not None and step not in keep]
 
     def after_run(self, runner: Runner) -> None:
-        """Release the work dir."""
+        """Note the end in ``run.json``, and release the work dir."""
         if self._run is not None and self._run.started:
-            self._run.end()
+            self._run.end(runner.iter)
 
     def after_train(self, runner: Runner) -> None:
         """Retry the last save if it failed. Raises OSError if it fails again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 from mmengine.dist import get_rank, get_world_size
@@ -10,6 +11,7 @@ from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
+from vheat_mm.checkpoint.run_folder import read_record
 from vheat_mm.engine.optimizers.accumulated_gradients import (
     average_gradients,
     has_accumulated_gradients,
@@ -19,6 +21,7 @@ from vheat_mm.engine.runner.data_loading import lazy_iterator, set_fetch, train_
 from vheat_mm.engine.runner.resumable_sampler import ITERATION, ResumableBatchSampler, SeededFetch, reseed
 from vheat_mm.engine.runner.run_settings import batches_done, compare_settings, run_settings
 from vheat_mm.engine.runner.stateful_parts import note_stateful_parts
+from vheat_mm.utils.dist import any_rank
 from vheat_mm.utils.errors import CheckpointError
 
 # Entries of a checkpoint's ``meta``, and of the checkpoint.
@@ -93,7 +96,7 @@ class ReproducibleHook(Hook):
         self._replace_sampler(runner)
         self._validated = self._resumed_meta.get(VALIDATED, runner.iter)
         lost = self._sampler is not None and self._validated != runner.iter
-        if lost and _validates_now(runner, self._resumed_meta.get(BATCHES_DONE, 0)):
+        if lost and _validates_now(runner, self._resumed_meta.get(BATCHES_DONE, 0)) and not _is_complete(runner):
             runner.logger.info('the checkpoint was written before a validation: it is run now')
             runner.val_loop.run()
 
@@ -102,6 +105,8 @@ class ReproducibleHook(Hook):
         if isinstance(loader.batch_sampler, ResumableBatchSampler):  # this hook is in the config twice
             return
         endless = isinstance(loop, IterBasedTrainLoop)
+        if endless and SETTINGS in self._resumed_meta:
+            self._ahead = self._start - runner.iter
         known = isinstance(loop.dataloader_iterator, Generator) if endless else isinstance(loop, EpochBasedTrainLoop)
         if not known or loader.batch_sampler is None:
             runner.logger.warning(
@@ -129,8 +134,6 @@ class ReproducibleHook(Hook):
         if self._sampler is None:
             return
         if isinstance(loop, IterBasedTrainLoop):
-            if SETTINGS in self._resumed_meta:
-                self._ahead = self._start - runner.iter
             self._sampler.start = runner.iter + self._ahead
             loop.dataloader_iterator = lazy_iterator(loop.dataloader, skip=runner.iter)
             return
@@ -182,6 +185,14 @@ class ReproducibleHook(Hook):
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Note that the validation is complete."""
         self._validated = runner.iter
+
+
+def _is_complete(runner: Runner) -> bool:
+    """Whether nothing is left to do: an earlier process has finished this training, with the last validation."""
+    loop = runner.train_loop
+    left = loop.max_epochs - loop.epoch if isinstance(loop, EpochBasedTrainLoop) else loop.max_iters - loop.iter
+    record, _ = read_record(Path(runner.work_dir))
+    return left <= 0 and any_rank(record is not None and record.ended == runner.iter)
 
 
 def _validates_now(runner: Runner, batches: int) -> bool:
