@@ -83,9 +83,9 @@ def _chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack('>I', len(content)) + name + content + struct.pack('>I', zlib.crc32(name + content))
 
 
-def _bomb() -> bytes:
-    """A PNG of a few hundred bytes whose header says 60000 x 60000."""
-    header = struct.pack('>IIBBBBB', 60000, 60000, 8, 2, 0, 0, 0)
+def png(width: int, height: int) -> bytes:
+    """A PNG of a few hundred bytes whose header says ``width`` x ``height``."""
+    header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(100_000))
     return b'\x89PNG\r\n\x1a\n' + _chunk(b'IHDR', header) + _chunk(b'IDAT', pixels) + _chunk(b'IEND', b'')
 
@@ -110,7 +110,7 @@ IMAGE_FAULTS: dict[str, tuple[str, Callable[[], bytes] | None, set[str]]] = {
     'damaged_jpeg': ('.jpg', _damaged_jpeg, {'image-corrupt'}),
     'damaged_png': ('.png', _damaged_png, {'image-corrupt'}),
     'stray_bytes': ('.jpg', _stray_bytes, {'image-extraneous-bytes'}),
-    'bomb': ('.png', _bomb, {'image-too-large'}),
+    'bomb': ('.png', lambda: png(60_000, 60_000), {'image-too-large'}),
     'one_pixel': ('.png', lambda: encode(picture()[:1, :1], 'PNG'), {'image-tiny'}),
     'grayscale': ('.jpg', lambda: encode(picture()[..., 0], 'JPEG'), {'image-grayscale'}),
     'sixteen_bit': ('.png', _sixteen_bit, {'image-16-bit', 'image-grayscale'}),

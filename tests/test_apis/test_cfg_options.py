@@ -6,10 +6,12 @@ import argparse
 import sys
 
 import pytest
+import torch
 from mmengine.config import Config
+from torch import nn
 
 from vheat_mm.apis.cfg_options import CfgOptionsAction, check_keys
-from vheat_mm.utils.config_place import locate
+from vheat_mm.utils.config_place import explain, locate
 from vheat_mm.utils.errors import ToolError
 
 
@@ -112,3 +114,30 @@ def test_new_keys_are_mentioned_where_they_resemble_others(capsys, key, text):
 )
 def test_locate(part, place):
     assert locate(CONFIG, part) == place
+
+
+def build(part: object, _seed: int = 0) -> None:
+    raise AssertionError('wrong')
+
+
+def build_all(model: object, optim_wrapper: object) -> None:
+    raise AssertionError('wrong')
+
+
+@pytest.mark.parametrize(
+    ('fail', 'place'),
+    [
+        (lambda cfg: build(dict(cfg.optim_wrapper)), 'optim_wrapper'),
+        (lambda cfg: build([dict(part) for part in cfg.model.heads]), 'model.heads'),
+        (lambda cfg: build(dict(type='SGD')), ''),
+        (lambda cfg: build_all(cfg.model, cfg.optim_wrapper), ''),
+        (lambda cfg: nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(4, 1))(torch.ones(1, 2)), 'model.2'),
+    ],
+)
+def test_place_of_an_error(fail, place):
+    """The argument of the function that fails, if it is one part of the config; or the layer of a model."""
+    with pytest.raises((AssertionError, RuntimeError)) as caught:
+        fail(CONFIG)
+    found, message = explain(caught.value)
+    assert found == place
+    assert ('mat1 and mat2 shapes' in message and 'Linear(in_features=4' in message) == place.startswith('model.2')

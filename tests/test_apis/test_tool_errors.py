@@ -44,6 +44,8 @@ from vheat_mm.apis.train_test import run_testing, run_training
         (['optim_wrapper.optimizer.type=AdamX'], ['optim_wrapper.optimizer: ', "type='AdamX'", "'Adam"]),
         (['model.roi_head.bbox_head.num_clases=2'], ['model.roi_head.bbox_head: ', "did you mean 'num_classes'"]),
         (["custom_hooks=[dict(type='Foo')]"], ["custom_hooks.0: type='Foo'", 'custom_imports']),
+        (['default_hooks.checkpoint.intervall=2'], ['default_hooks.checkpoint: ', "did you mean 'interval'"]),
+        (['train_dataloader.num_workers=-1'], ['train_dataloader: num_workers']),
         (['train_dataloader.dataset.pipeline.3.probb=1'], ['train_dataloader.dataset.pipeline.3: ', "'prob'"]),
     ],
 )
@@ -75,7 +77,10 @@ def test_bad_category_id(tmp_path, data, monkeypatch, capfd):
         (None, ['bad.py', 'working directory']),
         ('model = dict(\n', ['bad.py', 'SyntaxError']),
         ("_base_ = 'nowhere.py'\n", ['bad.py', 'nowhere.py']),
-        ("custom_imports = dict(imports=['no_such_module'])\n", ['bad.py', 'no_such_module']),
+        (
+            "custom_imports = dict(imports=['no_such_module'])\n",
+            ["bad.py': ModuleNotFoundError: No module named 'no_such_"],
+        ),
         ("default_scope = 'mmdet'\n", ['bad.py', 'model']),
     ],
 )

@@ -72,10 +72,14 @@ def test_good_samples_have_no_findings(coco, ade, folders):
         assert not check(scope, train=dataset(base, files['good'])).failed(strict=True)
 
 
-def test_bomb_is_not_decoded(tmp_path, monkeypatch):
-    path = corrupt_data.write_images(tmp_path)['bomb']
-    monkeypatch.setattr('mmcv.imfrombytes', lambda *_, **__: pytest.fail('decoded'))
-    assert [kind for kind, _ in examine_image(ImageJob(str(path), Loader())).faults] == ['image-too-large']
+@pytest.mark.parametrize(('side', 'decoded'), [(60_000, False), (11_000, True)])
+def test_bomb_is_not_decoded(tmp_path, monkeypatch, side, decoded):
+    """A satellite image of 121 megapixels is."""
+    (tmp_path / 'x.png').write_bytes(corrupt_data.png(side, side))
+    calls = []
+    monkeypatch.setattr('mmcv.imfrombytes', lambda *_, **__: calls.append(1))
+    ((kind, _),) = examine_image(ImageJob(str(tmp_path / 'x.png'), Loader())).faults
+    assert (kind == 'image-too-large', bool(calls)) == (not decoded, decoded)
 
 
 @pytest.mark.parametrize('share', [0.4, 0.6, 0.8, 0.99])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.logging import MMLogger
+from mmengine.model import ImgDataPreprocessor
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from vheat_mm.engine.hooks import SkipBrokenSamplesHook
+from vheat_mm.engine.hooks.skip_broken_samples_hook import _check_for
 from vheat_mm.engine.runner.data_loading import Ledger, NamingFetch, SkippingFetch, set_fetch
 from vheat_mm.utils.errors import AnnotationError, BrokenSampleError
 
@@ -46,7 +50,7 @@ def test_counts_of_all_workers(workers):
     drawn = epoch(data, ledger, workers)
     assert len(drawn) == 200
     assert not {3, 77, 150} & set(drawn)
-    text = '3 of 200 samples were left out: 1 could not be read, 1 have labels that the model cannot learn, 1 could not'
+    text = '3 of 200 samples were left out: 1 could not be read, 1 do not fit the model, 1 could not'
     assert ledger.summary().startswith(text)
     assert epoch(data, ledger, workers)  # a second time, they count once
     ledger.add(3, None)  # readable again
@@ -68,6 +72,17 @@ def test_share(length, broken, fine):
     for index in range(length):
         ledger.add(index, ValueError() if index % step == 0 and index // step < broken else None)
     assert ledger.is_full() is not fine
+
+
+@pytest.mark.parametrize(('bands', 'fine'), [(3, True), (1, True), (4, False)])
+def test_bands(bands, fine):
+    """An RGBA image among RGB ones; a grey one is repeated by the subtraction of the mean."""
+    sample = SimpleNamespace(metainfo=dict(img_path='x.tif'))
+    model = nn.Module()
+    model.data_preprocessor = ImgDataPreprocessor([0] * 3, [1] * 3)
+    check = _check_for(SimpleNamespace(model=model))
+    with nullcontext() if fine else pytest.raises(AnnotationError, match=r'x.tif: 4 bands, .* has 3 values'):
+        check(dict(inputs=torch.zeros(bands, 8, 8), data_samples=sample))
 
 
 def test_processes_join_their_counts(monkeypatch):

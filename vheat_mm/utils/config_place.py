@@ -1,4 +1,4 @@
-"""Where in a config an error comes from, and entries with a similar name."""
+"""Where in a config or a model an error comes from, and entries with a similar name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import Registry
+from torch import nn
 
+from vheat_mm.utils.dist import unwrap
 from vheat_mm.utils.errors import describe
 
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
@@ -39,40 +41,50 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f', did you mean {close[0]!r}?' if close else ''
 
 
-def locate(cfg: Any, part: dict) -> str:
-    """Place of a dict in a config as ``--cfg-options`` name it: ``'train_dataloader.dataset.pipeline.3'``.
+def locate(cfg: Any, part: dict | list, exact: bool = False) -> str:
+    """Place of a part of a config as ``--cfg-options`` name it: ``'train_dataloader.dataset.pipeline.3'``.
 
-    The libraries copy their parts of a config and add entries. So where no dict is the same or equal, the place is that
-    of the largest one that ``part`` contains.
+    The libraries copy their parts of a config and add entries. So where nothing is the same or equal, the place is that
+    of the largest dict that ``part`` contains.
+
+    Args:
+        cfg: The config.
+        part: A dict, or a list of dicts.
+        exact: Whether it must be the same or equal.
 
     Returns:
         An empty string if there is none.
     """
     best, place = 0.0, ''
-    for name, node in _dicts(cfg, ''):
+    for name, node in _nodes(cfg, ''):
         if node is part:
             return name
-        same = sum(key in part and _equal(part[key], value) for key, value in node.items())
-        contained = same == len(node) or (same > 1 and node.get('type') is not None and 'type' in part)
-        # Equal dicts win, then those with the most entries; of several places, the first.
-        share = (2 if same == len(node) == len(part) else 0) + same / max(len(node), len(part), 1)
-        if contained and same and type_name(node) == type_name(part) and share > best:
+        if isinstance(node, dict) and isinstance(part, dict):
+            same = sum(key in part and _equal(part[key], value) for key, value in node.items())
+            equal = same == len(node) == len(part)
+            contained = same == len(node) or (same > 1 and node.get('type') is not None and 'type' in part)
+            # Equal dicts win, then those with the most entries; of several places, the first.
+            share = (2 if equal else 0) + same / max(len(node), len(part), 1)
+            fits = same and type_name(node) == type_name(part) and (equal if exact else contained)
+        else:
+            share, fits = 2, bool(part) and _equal(node, part)
+        if fits and share > best:
             best, place = share, name
     return place
 
 
-def _dicts(node: Any, name: str) -> Iterator[tuple[str, dict]]:
-    """All dicts in a config with their places."""
+def _nodes(node: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """All dicts and lists of dicts in a config with their places."""
     if isinstance(node, (dict, Config)):
         items: Iterable[tuple[Any, Any]] = node.items()
-        if name:
-            yield name, node
-    elif isinstance(node, (list, tuple)):
+    elif isinstance(node, (list, tuple)) and all(isinstance(value, dict) for value in node):
         items = enumerate(node)
     else:
         return
+    if name:
+        yield name, node
     for key, value in items:
-        yield from _dicts(value, f'{name}.{key}' if name else str(key))
+        yield from _nodes(value, f'{name}.{key}' if name else str(key))
 
 
 def _equal(ours: Any, theirs: Any) -> bool:
@@ -91,7 +103,7 @@ def describe_building(error: BaseException) -> str:
 
 
 def explain(error: BaseException) -> tuple[str, str]:
-    """Place in the config, and message, of an error in MMEngine's building of objects from a config.
+    """Place in the config, or in the model, and message of an error in MMEngine's work with a config or in a model.
 
     Returns:
         Empty strings if the error comes from elsewhere. The message is empty if there is nothing to add to the error's
@@ -103,6 +115,16 @@ def explain(error: BaseException) -> tuple[str, str]:
         part = _part_of(frame)
         if part is not None and (place := locate(root, part)):
             return place, _message(error, frame, part)
+        code = frame.f_code
+        names = [name for name in code.co_varnames[: code.co_argcount] if name not in ('self', 'cls')]
+        values = [frame.f_locals.get(name) for name in names]
+        places = [locate(root, value, exact=True) if isinstance(value, (dict, list)) else '' for value in values]
+        if places and places[0] and not any(places[1:]):  # the function works with this part alone
+            return places[0], ''
+    modules = [frame.f_locals['self'] for frame in frames if isinstance(frame.f_locals.get('self'), nn.Module)]
+    for name, module in unwrap(modules[0]).named_modules() if modules else ():
+        if name and module is modules[-1]:
+            return f'model.{name}', f'{describe(error)}, in {type(module).__name__}({module.extra_repr()})'
     return '', ''
 
 

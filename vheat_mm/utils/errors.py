@@ -55,6 +55,8 @@ USER_ERRORS = (VHeatError, OSError)
 
 def describe(error: BaseException) -> str:
     """An error's message, with its type in front where the message alone is not clear."""
+    while isinstance(error, ImportError) and isinstance(error.__context__, ImportError):
+        error = error.__context__  # MMEngine's own lists all of sys.path
     # str() of a KeyError puts its argument in quotes.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if text == 'need at least one array to concatenate':  # MMEngine, of a data set without samples

@@ -23,7 +23,8 @@ from vheat_mm.utils.errors import describe
 from vheat_mm.utils.files import read_regular
 from vheat_mm.utils.text import summarize_error
 
-MAX_BYTES = 2**30  # of an image file
+_MAX_DECODED = 2**29  # bytes of a decoded image
+_LIMIT = 'OPENCV_IO_MAX_IMAGE_PIXELS'  # environment variable of OpenCV, which has no other way to set its own limit
 # Those that OpenCV decodes. Others that Pillow knows, such as TGA, begin like any binary file.
 _FORMATS = ('JPEG', 'PNG', 'BMP', 'TIFF', 'WEBP', 'GIF', 'JPEG2000', 'PPM', 'SUN', 'AVIF')
 _RADIANCE = re.compile(rb'#\?(?:RADIANCE|RGBE)\n.*?\n\n[-+]Y (\d{1,9}) [-+]X (\d{1,9})\n', re.DOTALL)
@@ -148,7 +149,7 @@ def read_file(path: str, backend_args: dict | None) -> bytes:
     """
     try:
         if backend_args is None and '://' not in path:
-            content = read_regular(path, MAX_BYTES)
+            content = read_regular(path, max_bytes())
         else:
             content = get(path, backend_args=backend_args)
     except FileNotFoundError as error:
@@ -190,7 +191,7 @@ def decode(content: bytes, loader: Loader) -> tuple[np.ndarray, list[Fault]]:
     if is_truncated(content, header):
         raise FaultError('image-truncated', f'{len(content)} bytes without the end of the image')
     if image is None and header is None:
-        raise FaultError('not-an-image', f'begins with {content[:12]!r}')
+        raise FaultError('not-an-image', f'begins with {content[:40]!r}')
     if image is None or reports_corruption(messages):
         raise FaultError('image-corrupt', reason or messages or 'the decoder returns no image')
     extraneous = [('image-extraneous-bytes', messages)] if _EXTRANEOUS in messages else []
@@ -201,7 +202,7 @@ def read_header(content: bytes) -> Any:
     """Pillow's image with its header read and no pixel decoded; ``None`` for another format than OpenCV's."""
     from PIL import Image
 
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # refuse_size compares, in all formats
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # refuse_size has its own
     try:
         return Image.open(io.BytesIO(content), formats=_FORMATS)
     except Exception:  # the parsers raise all kinds
@@ -210,24 +211,31 @@ def read_header(content: bytes) -> Any:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def refuse_size(content: bytes, header: Any) -> str:
-    """Why an image is too large to be decoded: it has more than ``PIL.Image.MAX_IMAGE_PIXELS``; else an empty text.
+def max_pixels(bytes_per_pixel: int = 3) -> int:
+    """Pixels that an image may have; ``OPENCV_IO_MAX_IMAGE_PIXELS``, or as many as are 512 MiB when decoded."""
+    text = os.environ.get(_LIMIT, '')
+    return int(text) if text.isdecimal() else _MAX_DECODED // bytes_per_pixel
 
-    Decoded to three channels of 8 bits, these are 270 MB. Radiance HDR, which OpenCV decodes to 12 bytes a pixel
-    and Pillow does not know, may have a fourth of that.
+
+def max_bytes() -> int:
+    """Bytes that an image file may have: 1 GiB, more if more pixels are allowed."""
+    return 6 * max_pixels()
+
+
+def refuse_size(content: bytes, header: Any) -> str:
+    """Why an image is too large to be decoded; else an empty text.
 
     Args:
         content: Of the file, or at least its beginning.
         header: From :func:`read_header`.
     """
-    from PIL import Image
-
-    size, limit = (header.size if header is not None else (0, 0)), Image.MAX_IMAGE_PIXELS
-    if header is None and (match := _RADIANCE.match(content[:4096])):
-        size, limit = (int(match[2]), int(match[1])), limit and limit // 4
-    if limit is None or size[0] * size[1] <= limit:
+    width, height = header.size if header is not None else (0, 0)
+    limit = max_pixels()
+    if header is None and (match := _RADIANCE.match(content[:4096])):  # Pillow does not know them
+        width, height, limit = int(match[2]), int(match[1]), max_pixels(bytes_per_pixel=12)
+    if width * height <= limit:
         return ''
-    return f'{size[0]} x {size[1]}, more than {limit} pixels (PIL.Image.MAX_IMAGE_PIXELS); not decoded'
+    return f'{width} x {height}, more than {limit} pixels: cut it into tiles, or set {_LIMIT}={width * height}'
 
 
 def is_truncated(content: bytes, header: Any) -> bool:

@@ -42,7 +42,7 @@ def read_object(path: str, reduce: Callable[[list[tuple[str, Any]]], Any]) -> di
     try:
         found = json.loads(text, object_pairs_hook=reduce)
     except json.JSONDecodeError as error:
-        raise _error(text, error.pos, error.msg) from error
+        raise _error(text, error.pos, error.msg if error.pos else f'expected an object, found {text[:40]!r}') from error
     except RecursionError as error:
         raise _error(text, _find_depth(text), f'nested more than {_DEPTH} levels deep') from error
     except ValueError as error:  # of int()
@@ -50,7 +50,7 @@ def read_object(path: str, reduce: Callable[[list[tuple[str, Any]]], Any]) -> di
         place = match.start() if match else 0
         raise _error(text, place, f'a number of {len(match[0]) if match else "too many"} digits') from error
     if not isinstance(found, dict):
-        raise _error(text, 0, 'expected an object, {"images": ...')
+        raise _error(text, 0, f'expected an object, found {text[:40]!r}')
     return found
 
 

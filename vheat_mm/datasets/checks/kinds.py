@@ -48,7 +48,7 @@ _ERRORS = {
     'not-an-image': ('file is no image', _STOPS, _COPY),
     'image-truncated': ('image is truncated', 'stops, or with OpenCV 4 learns from an image whose end is grey', _COPY),
     'image-corrupt': ('pixels are corrupt', 'stops, or learns from a corrupt image (JPEG)', _COPY),
-    'image-too-large': ('image is too large to decode', 'stops, or runs out of memory', 'scale the image down'),
+    'image-too-large': ('image is too large to decode', _STOPS, 'cut it into tiles'),
     'decoder-crash': ('decoding crashed or took too long', 'its data-loader worker crashes', _COPY),
     'image-resized-to-zero': (
         'image so narrow that Resize leaves no pixel',
@@ -57,7 +57,6 @@ _ERRORS = {
     ),
     # --- any data set
     'dataset-unreadable': ('data set cannot be built', _NOT_BUILT, 'see the message'),
-    'dataset-empty': ('data set without samples', _NOT_BUILT, 'check ann_file, data_prefix, suffixes, filter_cfg'),
     'sample-unreadable': ('entry of a sample cannot be read', _STOPS, 'see the message'),
     'classes-differ': (
         'classes are not those of the training set',
@@ -87,7 +86,7 @@ _ERRORS = {
         _AT_START,
         'correct the id, or add the category and raise num_classes',
     ),
-    'box-malformed': ('bbox is not a list of four numbers', _NOT_BUILT, 'write [x, y, width, height]'),
+    'box-malformed': ('bbox or area is not made of numbers', _NOT_BUILT, 'write [x, y, width, height] and a number'),
     'box-not-finite': ('bbox holds NaN or infinity', 'drops or clips the box silently', _CORRECT),
     'box-negative': ('bbox of negative size', _DROPPED, 'write [x, y, width, height], not two corners'),
     'box-outside': ('bbox entirely outside the image', _DROPPED, 'correct it, or the size of the image'),
@@ -123,6 +122,7 @@ _ERRORS = {
         'make the names alike, case included, or add them to metainfo.classes',
     ),
     # follows from many of those above
+    'dataset-empty': ('data set without samples', _NOT_BUILT, 'check ann_file, data_prefix, suffixes, filter_cfg'),
     'no-usable-annotation': ('no annotation can be used', _NOT_BUILT, 'check image ids, categories, metainfo.classes'),
     # --- label maps
     'map-values': ('label map with values outside the classes', _STOPS_AT_LABEL, _VALUES),

@@ -130,7 +130,7 @@ def _list_loaded(part: Part, note: Note) -> Iterator[Sample]:
                 dataset.full_init()
             length = len(dataset)
     except Exception as error:  # readers raise all kinds on malformed content
-        text = f'{type(dataset).__name__}: {describe(error)}'
+        text = f'{type(dataset).__name__}: {describe(error)} ({part.place})'
         note(Finding('dataset-empty' if 'is empty' in text else 'dataset-unreadable', place, text))
         return
     part.__post_init__()  # its class names may come from its files

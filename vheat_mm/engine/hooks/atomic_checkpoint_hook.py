@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,12 @@ class AtomicCheckpointHook(CheckpointHook):
     backend_args: dict | None
     file_backend: Any
     last_ckpt: str | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        known = inspect.signature(Runner.save_checkpoint).parameters
+        if unknown := [name for name in self.args if name not in known]:  # MMEngine finds out when it saves
+            raise TypeError(f'AtomicCheckpointHook got an unexpected keyword argument {unknown[0]!r}')
 
     def before_run(self, runner: Runner) -> None:
         """Begin the run; for a validation or a test, only choose the checkpoint if ``resume=True`` names none."""

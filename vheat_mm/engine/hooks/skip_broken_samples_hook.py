@@ -77,19 +77,29 @@ def _name_samples(loader: DataLoader, runner: Runner) -> None:
 
 
 def _check_for(runner: Runner) -> Callable[[Any], None]:
-    return partial(check_sample, class_heads(unwrap(runner.model)))
+    model: Any = unwrap(runner.model)
+    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+    return partial(check_sample, class_heads(model), len(mean) if isinstance(mean, Tensor) else None)
 
 
-def check_sample(heads: dict[str, Head], sample: Any) -> None:
-    """Check a loaded sample's labels.
+def check_sample(heads: dict[str, Head], bands: int | None, sample: Any) -> None:
+    """Check a loaded sample's labels and image.
 
     Raises:
-        AnnotationError: A label lies outside of what its head knows, or the label map has another size than the image.
+        AnnotationError: A label lies outside of what its head knows; the label map has another size than the image; the
+            image has another number of bands than ``data_preprocessor.mean`` (one band is repeated).
     """
     data_sample = sample.get('data_samples') if isinstance(sample, Mapping) else None
-    if data_sample is not None:
-        check_batch(dict(data_samples=[data_sample]), heads)
-        check_map_size(sample.get('inputs'), data_sample)
+    if data_sample is None:
+        return
+    check_batch(dict(data_samples=[data_sample]), heads)
+    image = sample.get('inputs')
+    check_map_size(image, data_sample)
+    if isinstance(image, Tensor) and image.ndim == 3 and bands not in (None, 1) and len(image) not in (1, bands):
+        raise AnnotationError(
+            f'{data_sample.metainfo.get("img_path")}: {len(image)} bands, but model.data_preprocessor.mean has {bands} '
+            'values; set mean, std and in_channels of the backbone to suit, or color_type of LoadImageFromFile'
+        )
 
 
 def check_map_size(image: Any, data_sample: Any) -> None:

@@ -32,7 +32,7 @@ class Ledger:
         max_share: Share of samples left out that raises an error.
     """
 
-    _REASONS = ('could not be read', 'have labels that the model cannot learn', 'could not be decoded or transformed')
+    _REASONS = ('could not be read', 'do not fit the model', 'could not be decoded or transformed')
     _ENOUGH, _ALWAYS = 100, 3  # samples of which a share says something; left out whatever the share
 
     def __init__(self, length: int, max_share: float) -> None:
