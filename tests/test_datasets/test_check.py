@@ -70,6 +70,13 @@ def test_each_file_once_however_many_name_it(coco):
     assert report.kept['image-in-two-splits'][0].value == 'test, train, val'
 
 
+def test_bands_that_the_model_does_not_take(coco):
+    for mean, found in (([1.0] * 4, 4), ([1.0] * 3, 0), ([1.0], 0)):
+        model = dict(data_preprocessor=dict(mean=mean))
+        report = check('mmdet', model=model, train=dataset(DETECTION, coco['good']))
+        assert report.counts == ({'bands-differ': found} if found else {})
+
+
 def test_data_sets_that_cannot_be_read(tmp_path, coco):
     absent = dataset(DETECTION, tmp_path / 'a' / 'absent.json')
     assert list(check('mmdet', train=absent).counts) == ['file-missing']

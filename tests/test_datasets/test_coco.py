@@ -79,6 +79,17 @@ def test_what_pycocotools_reads(coco, name, evaluator, kinds):
     assert set(check_labels(Config(cfg), ('val',)).counts) == kinds
 
 
+def test_each_evaluator_reads_the_file_of_its_data_set(coco):
+    """The test set often is the validation set, but each split has an evaluator."""
+    pytest.importorskip('mmdet')
+    init_default_scope('mmdet')
+    loader = dict(dataset=dataset(DETECTION, coco['good']))
+    cfg = dict(model={}, val_dataloader=loader, test_dataloader=loader)
+    for split, name in (('val', 'size_zero'), ('test', 'good')):
+        cfg[f'{split}_evaluator'] = dict(type='CocoMetric', metric='bbox', ann_file=str(coco[name]))
+    assert list(check_labels(Config(cfg), ('val', 'test')).counts) == ['evaluator-file']
+
+
 def test_annotations_that_mmdet_ignores(tmp_path):
     content = corrupt_data.coco_content({name: Path(f'{name}.jpg') for name in corrupt_data.GOOD})
     content['annotations'][0].update(ignore=1, bbox=[8, 8, -5, -5], segmentation=[])

@@ -153,12 +153,12 @@ def test_loader_of_the_user_reads_its_files(tmp_path):
     found = {
         name: examine_image(ImageJob(str(tmp_path / name), loader)) for name in ('five.npy', 'text.npy', 'none.npy')
     }
-    assert found['five.npy'] == ((), (64, 48), ())
+    assert found['five.npy'] == ((), (64, 48), 5, ())
     assert found['text.npy'].faults[0][0] == 'not-an-image'
     assert 'LoadNpy: ' in found['text.npy'].faults[0][1]
     assert found['none.npy'].faults[0][0] == 'file-missing'
     loader = loader._replace(transform=lambda results: results['img_id'])  # needs more than a path
-    assert examine_image(ImageJob(str(tmp_path / 'five.npy'), loader)) == ((), None, ())
+    assert examine_image(ImageJob(str(tmp_path / 'five.npy'), loader)) == ((), None, 0, ())
 
 
 def test_image_resized_to_zero(coco):

@@ -42,6 +42,8 @@ def write_folders(root: Path, **splits: str) -> dict[str, dict]:
     [
         ('a b c', 'a b c', set()),
         ('a b c', 'b c', {'classes-differ'}),
+        ('a b c', 'a b', {'classes-fewer'}),
+        ('a b', 'a b c', {'classes-differ'}),
         ('a b c', 'a b c aa', {'classes-differ'}),
         ('a b', 'A b', {'classes-differ'}),
         ('.ipynb_checkpoints a b', 'a b', {'classes-differ', 'class-folder-hidden'}),
@@ -121,6 +123,21 @@ def test_maps_together(tmp_path, values, kinds):
     assert set(first.counts) == kinds - {'map-all-ignored'}
     if kinds == {'maps-without-classes'}:
         assert whole.kept['maps-without-classes'] == first.kept['maps-without-classes']
+
+
+@pytest.mark.parametrize(
+    ('values', 'kinds'),
+    [
+        ([[0, 0]] * 2, {'maps-of-one-class'}),
+        ([[0, 255]] * 2, {'maps-without-classes'}),
+        ([[0, 0], [0, 128]], {'map-values'}),
+    ],
+)
+def test_maps_to_test_on(tmp_path, values, kinds):
+    """A few of them may hold no object; a faulty one is named as the cause."""
+    pytest.importorskip('mmseg')
+    train, val = write_maps(tmp_path, [[0, 1]] * 2), write_maps(tmp_path, values, 'val')
+    assert set(at_start('mmseg', train_dataloader=train, val_dataloader=val).counts) == kinds
 
 
 def test_start_reads_no_more_maps_than_show_two_classes(tmp_path, monkeypatch):
@@ -236,9 +253,21 @@ def test_voc_files_that_cannot_be_read(tmp_path):
     (tmp_path / 'Annotations' / '2.xml').write_text('<annotation>')
     (tmp_path / 'Annotations' / '3.xml').write_text('<annotation><object><name>box</name></object></annotation>')
     report = at_start('mmdet', ('train',), train_dataloader=dict(dataset=data))
-    assert report.counts == {'file-missing': 1, 'xml-malformed': 2}
-    assert report.kept['file-missing'][0].path.endswith('Annotations/0.xml')
-    assert [finding.value for finding in report.kept['xml-malformed']][1] == 'object 0 lacks bndbox'
+    assert report.counts == {'xml-malformed': 3}
+    assert report.kept['xml-malformed'][0].path.endswith('Annotations/0.xml')
+    assert [finding.value for finding in report.kept['xml-malformed']][::2] == [
+        'there is no such file',
+        'object 0 lacks bndbox',
+    ]
+
+
+def test_voc_files_without_sizes(tmp_path):
+    pytest.importorskip('mmdet')
+    data = write_voc(tmp_path, 'box disc')
+    path = tmp_path / 'Annotations' / '0.xml'
+    path.write_text(path.read_text().replace('<width>64', '<width>0'))
+    report = at_start('mmdet', ('train',), train_dataloader=dict(dataset=data))
+    assert [finding.value for finding in report.kept['size-not-positive']] == ['0 x 48']
 
 
 def test_voc_boxes_are_those_of_mmdet(tmp_path):

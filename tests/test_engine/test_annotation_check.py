@@ -9,13 +9,15 @@ from types import SimpleNamespace
 
 import corrupt_data
 import pytest
+import torch
 from data_checks import DETECTION, dataset
 from mmengine.config import Config
+from mmengine.model import BaseDataPreprocessor
 from mmengine.registry import init_default_scope
 
 from vheat_mm.datasets.checks.check import check_datasets
 from vheat_mm.engine.hooks import AnnotationCheckHook
-from vheat_mm.engine.hooks.annotation_check_hook import check_annotations
+from vheat_mm.engine.hooks.annotation_check_hook import check_annotations, check_bands
 from vheat_mm.utils.errors import AnnotationError
 
 
@@ -89,6 +91,47 @@ def test_findings_that_are_allowed(coco, caplog):
     runner = make_runner(coco['box_negative_size'], AnnotationCheckHook(allow=['box-negative']))
     check_annotations(runner, ['train', 'val'])
     assert '[box-negative]' in caplog.text
+
+
+@pytest.mark.parametrize(
+    ('faulty', 'fields', 'splits', 'ends'),
+    [
+        (2, dict(bbox=[500, 8, 32, 24]), ['train', 'val'], False),
+        (3, dict(bbox=[500, 8, 32, 24]), ['train', 'val'], True),
+        (2, dict(segmentation='?'), ['train'], False),
+        (2, dict(segmentation='?'), ['train', 'val'], True),
+        (1, dict(id=9), ['train'], True),
+    ],
+)
+def test_a_few_faulty_entries_do_not_end_a_training(tmp_path, caplog, faulty, fields, splits, ends):
+    """COCO, LVIS and others hold some, as published; in validation, each sample must be loaded."""
+    content = corrupt_data.coco_content({f'n{i}': Path(f'n{i}.jpg') for i in range(200)})
+    for annotation in content['annotations'][:faulty]:
+        annotation.update(fields)
+    (tmp_path / 'x.json').write_text(json.dumps(content))
+    runner = make_runner(tmp_path / 'x.json', AnnotationCheckHook())
+    if ends:
+        with pytest.raises(AnnotationError, match='annotation'):
+            check_annotations(runner, splits)
+    else:
+        check_annotations(runner, splits)
+        assert 'x.json, image 1, annotation 1: ' in caplog.text
+        assert f'({faulty} of this kind)' in caplog.text
+    assert check_datasets(runner.cfg, splits, 1, limit=1).failed(strict=False)
+
+
+@pytest.mark.parametrize(('bands', 'ends'), [((3, 3), False), ((3, 1), False), ((3, 4), True)])
+def test_bands_of_a_batch(bands, ends):
+    model = torch.nn.Module()
+    model.data_preprocessor = BaseDataPreprocessor()
+    model.data_preprocessor.register_buffer('mean', torch.zeros(3, 1, 1))
+    samples = [SimpleNamespace(metainfo=dict(img_path=f'{number}.tif')) for number in bands]
+    batch = dict(inputs=[torch.zeros(number, 2, 2) for number in bands], data_samples=samples)
+    if ends:
+        with pytest.raises(AnnotationError, match=r'4.tif: 4 bands, model.data_preprocessor.mean has 3 .*in_channels'):
+            check_bands(batch, model)
+    else:
+        check_bands(batch, model)
 
 
 def test_files_are_read_once(coco, monkeypatch):

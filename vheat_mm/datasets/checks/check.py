@@ -18,13 +18,15 @@ from rich.progress import track
 from vheat_mm.datasets.checks.classes import judge_classes
 from vheat_mm.datasets.checks.datasets import Part, find_parts
 from vheat_mm.datasets.checks.images import Fault, ImageFacts, ImageJob, examine_image, set_up_worker
+from vheat_mm.datasets.checks.kinds import KINDS
 from vheat_mm.datasets.checks.label_maps import MapJob, examine_map, judge_first, judge_together
 from vheat_mm.datasets.checks.pool import WorkerCrash, run_jobs
 from vheat_mm.datasets.checks.report import Finding, Report
 from vheat_mm.datasets.checks.samples import Sample, list_samples
-from vheat_mm.datasets.checks.settings import unignored_padding
+from vheat_mm.datasets.checks.settings import number_of_bands, unignored_padding
 from vheat_mm.utils.text import some_of
 
+FEW = 0.01  # share of a data set's entries that may be faulty at the start of a training
 AnyJob = TypeVar('AnyJob', ImageJob, MapJob)
 Item = TypeVar('Item')
 
@@ -83,7 +85,7 @@ def check_datasets(cfg: Config, splits: Sequence[str], workers: int, limit: int 
     parts = find_parts(cfg, splits)
     limited = _list_files(cfg, parts, report, files, limit)
     listed = time.monotonic()
-    report.add_all(_check_images(files, parts, workers))
+    report.add_all(_check_images(files, parts, workers, number_of_bands(cfg)))
     report.add_all(_check_maps(files, parts, limited, workers))
     report.add_all(_check_uses(files, parts))
     now, count = time.monotonic(), len(files.images) + len(files.maps)
@@ -111,7 +113,10 @@ def check_labels(cfg: Config, splits: Sequence[str]) -> Report:
             jobs.setdefault(number, []).append(job)
     for number, maps in jobs.items():
         spread = iter(random.Random(0).sample(maps, len(maps)))  # neighbours, as in videos, hold the same classes
-        report.add_all(_findings_on_maps(judge_first(spread), files, maps[0], parts[number]))
+        faults = judge_first(spread, parts[number].trains)
+        for finding in _findings_on_maps(faults, files, maps[0], parts[number]):
+            report.add(finding)
+            report.many.add(finding.kind)  # no usable map was found
     return report
 
 
@@ -121,13 +126,18 @@ def _list_files(
     """List the samples of data sets; returns the numbers of those of which only the first ``limit`` are."""
     limited = set()
     for number, part in enumerate(parts):
-        count = 0
+        count, before = 0, report.counts.copy()
         for sample in islice(list_samples(part, report.add), limit):
             if sample.label_map or not maps_only:
                 files.add(number, sample)
             count += 1
         if count == limit:
             limited.add(number)
+        for kind, found in (report.counts - before).items():
+            entries = part.annotations if report.kept[kind][-1].annotation_id is not None else count
+            is_fatal = part.splits != ['train'] and KINDS[kind].effect.startswith('stops')  # no sample is replaced
+            if found > FEW * entries or is_fatal:
+                report.many.add(kind)
         report.checked.append(f'{"/".join(part.splits)}: {count} samples ({type(part.dataset).__name__}, {part.place})')
     report.add_all(judge_classes(parts))
     if text := unignored_padding(cfg):
@@ -167,7 +177,7 @@ def show_progress(items: Iterable[Item], total: int, what: str, interval: float 
             print(f'checked {done} of {total} {what}, {rate:.0f} a second', file=sys.stderr, flush=True)
 
 
-def _check_images(files: _Files, parts: list[Part], workers: int) -> Iterator[Finding]:
+def _check_images(files: _Files, parts: list[Part], workers: int, bands: int) -> Iterator[Finding]:
     loaders = [part.image_loader() for part in parts]
     resizes = [part.resizes() for part in parts]
     jobs = (ImageJob(path, loaders[uses[0].part]) for path, uses in files.images.items())
@@ -186,6 +196,9 @@ def _check_images(files: _Files, parts: list[Part], workers: int) -> Iterator[Fi
                 if tuple(use.size) == (height, width) and 'image-rotated' in dict(facts.faults):
                     text += ': loaders rotate it as its EXIF data say'
                 yield Finding('size-differs', path, text, use.image_id)
+        if facts.bands and bands and facts.bands != bands and 1 not in (facts.bands, bands):
+            text = f'{facts.bands} bands, model.data_preprocessor.mean has {bands} numbers'
+            yield Finding('bands-differ', path, text, image_id)
         for long, short in {frame for use in uses for frame in resizes[use.part]}:
             factor = min(long / max(facts.size), short / min(facts.size))
             if int(min(facts.size) * factor + 0.5) < 1:
@@ -210,7 +223,10 @@ def _check_maps(files: _Files, parts: list[Part], limited: set[int], workers: in
                 read.setdefault(number, []).append((job, facts.values))
     for number, maps in read.items():
         values, rule = {value for _, found in maps for value in found}, maps[0][0].rule
-        faults = [(None, fault) for fault in judge_together(values, len(maps), rule, number not in limited)]
+        faults = [
+            (None, fault)
+            for fault in judge_together(values, len(maps), rule, parts[number].trains, number not in limited)
+        ]
         yield from _findings_on_maps(faults, files, maps[0][0], parts[number])
 
 

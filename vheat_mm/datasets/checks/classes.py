@@ -21,7 +21,10 @@ def judge_classes(parts: list[Part]) -> Iterator[Finding]:
     named = [part for part in parts if part.classes]
     for first in [part for part in named if part.trains][:1]:
         for part in named:
-            if part.classes != first.classes:
+            if hasattr(part.dataset, 'folder_to_idx') and part.classes == first.classes[: len(part.classes)]:
+                if len(part.classes) < len(first.classes):  # labels are the same numbers
+                    yield Finding('classes-fewer', source_of(part), _difference(part, first))
+            elif part.classes != first.classes:
                 yield Finding('classes-differ', source_of(part), _difference(part, first))
     numbered = [(part, numbers) for part in parts if (numbers := _numbers_of_folders(part))]
     for part, numbers in numbered:

@@ -34,7 +34,8 @@ class Part:
         transforms: Of its own pipeline and those of its wrappers.
         num_classes: Of the classes or the head; ``None`` where the config does not say.
         ignored: (place in the config, value of label maps that is ignored there) of heads and evaluators.
-        metrics: What pycocotools computes on it (``'bbox'``, ``'segm'``) -> annotation file of the evaluator.
+        metrics: What pycocotools computes on it (``'bbox'``, ``'segm'``), with the annotation file of the evaluator.
+        annotations: Number of them in a COCO file, once its samples have been listed.
         folders: Name of a folder of images -> labels of its images, once its samples have been listed.
     """
 
@@ -44,7 +45,8 @@ class Part:
     transforms: list[Any]
     num_classes: int | None = None
     ignored: tuple[tuple[str, int | None], ...] = ()
-    metrics: dict[str, str] = field(default_factory=dict)
+    metrics: set[tuple[str, str]] = field(default_factory=set)
+    annotations: int = 0
     folders: dict[str, set[int]] = field(default_factory=dict)
     classes: tuple[str, ...] = field(init=False)
 
@@ -60,7 +62,9 @@ class Part:
     @property
     def with_mask(self) -> bool:
         """Whether instance masks are loaded, by the pipeline or to compute a score."""
-        return 'segm' in self.metrics or any(getattr(transform, 'with_mask', False) for transform in self.transforms)
+        return any(kind == 'segm' for kind, _ in self.metrics) or any(
+            getattr(transform, 'with_mask', False) for transform in self.transforms
+        )
 
     @property
     def with_map(self) -> bool:

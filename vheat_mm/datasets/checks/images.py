@@ -76,11 +76,13 @@ class ImageFacts(NamedTuple):
     Attributes:
         faults: Kinds of findings, each with its text.
         size: (width, height) in pixels as decoded; ``None`` where it cannot be.
+        bands: Number of them as decoded.
         values: Of a label map: those that occur.
     """
 
     faults: tuple[Fault, ...] = ()
     size: tuple[int, int] | None = None
+    bands: int = 0
     values: tuple[int, ...] = ()
 
 
@@ -123,7 +125,7 @@ def _examine_loaded(path: str, transform: Callable[[dict], Any]) -> ImageFacts:
         return ImageFacts(faults=(('not-an-image', f'{type(transform).__name__}: {describe(error)}'),))
     if not isinstance(image, np.ndarray) or image.ndim < 2:
         return ImageFacts()
-    return ImageFacts(tuple(_judge_shape(*image.shape[:2])), (image.shape[1], image.shape[0]))
+    return _facts(image, _judge_shape(*image.shape[:2]))
 
 
 def examine_file(path: str, loader: Loader, judge: Callable[[np.ndarray, list[Fault]], list[Fault]]) -> ImageFacts:
@@ -132,7 +134,11 @@ def examine_file(path: str, loader: Loader, judge: Callable[[np.ndarray, list[Fa
         image, faults = decode(read_file(path, loader.backend_args), loader)
     except FaultError as error:
         return ImageFacts(faults=((error.args[0], error.args[1]),))
-    return ImageFacts(tuple(judge(image, faults)), (image.shape[1], image.shape[0]))
+    return _facts(image, judge(image, faults))
+
+
+def _facts(image: np.ndarray, faults: list[Fault]) -> ImageFacts:
+    return ImageFacts(tuple(faults), (image.shape[1], image.shape[0]), image.shape[2] if image.ndim > 2 else 1)
 
 
 def _judge_shape(height: int, width: int) -> list[Fault]:

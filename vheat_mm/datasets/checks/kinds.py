@@ -17,12 +17,16 @@ class Severity(Enum):
 
 
 class Kind(NamedTuple):
-    """A kind of finding: what it is, what training does about it, and what to do."""
+    """A kind of finding: what it is, what training does about it, and what to do.
+
+    ``is_single`` says that it concerns one entry alone, not the data set: training starts with a few of these.
+    """
 
     severity: Severity
     title: str
     effect: str
     remedy: str
+    is_single: bool
 
 
 _STOPS = 'stops when the sample is loaded, or skips it with SkipBrokenSamplesHook'
@@ -55,6 +59,11 @@ _ERRORS = {
         'stops in cv2.resize',
         'crop or remove it',
     ),
+    'bands-differ': (
+        'image of other bands than the model',
+        'stops at the first batch',
+        'set in_channels of the backbone, and mean and std of the data_preprocessor, to its number of bands',
+    ),
     # --- any data set
     'dataset-unreadable': ('data set cannot be built', _NOT_BUILT, 'see the message'),
     'sample-unreadable': ('entry of a sample cannot be read', _STOPS, 'see the message'),
@@ -83,7 +92,7 @@ _ERRORS = {
     'size-differs': ('width and height are not those of the image file', 'clips boxes at the wrong edge', _FILE_SIZE),
     'category-unknown': (
         'category_id that is not among the categories',
-        _AT_START,
+        _DROPPED,
         'correct the id, or add the category and raise num_classes',
     ),
     'box-malformed': ('bbox or area is not made of numbers', _NOT_BUILT, 'write [x, y, width, height] and a number'),
@@ -115,7 +124,7 @@ _ERRORS = {
     'rle-size': ('RLE of another size than the image', _STOPS, _ENCODE),
     'rle-sum': ('RLE whose runs do not add up to the image', 'learns a mask that is partly noise', _ENCODE),
     # --- Pascal VOC
-    'xml-malformed': ('annotation file is no XML, or lacks a field', _NOT_BUILT, 'write the file again'),
+    'xml-malformed': ('annotation file is missing, no XML, or lacks a field', _NOT_BUILT, 'write the file again'),
     'names-unknown': (
         'objects with names that metainfo.classes lacks, though classes have no objects, or most are so',
         'drops them silently; they are learned as background',
@@ -134,15 +143,15 @@ _ERRORS = {
     'map-channels': ('label map with several channels', 'stops, or reads colours as classes', 'write one channel'),
     'map-16-bit': ('label map with values over 255', 'learns wrong labels from the lower 8 bits', 'write 8 bits'),
     'map-lossy': ('label map as JPEG', 'learns values that the compression has changed', 'write PNG from the source'),
-    'maps-without-classes': (
-        'all label maps together hold less than two classes',
-        'learns to predict one class everywhere, with a high score',
-        'write classes as 0 .. n-1 (1 for 255, which is ignored), or set ignore_index and num_classes to suit',
-    ),
     'ignore-index-differs': (
         'value that only some of data set, heads and evaluators ignore',
         'stops at the first batch with it, or counts it as wrong in the score',
         'set ignore_index alike in the data set, each head and each evaluator',
+    ),
+    'maps-without-classes': (
+        'all label maps together hold less than two classes',
+        'learns to predict one class everywhere, with a high score',
+        'write classes as 0 .. n-1 (1 for 255, which is ignored), or set ignore_index and num_classes to suit',
     ),
     'map-one-pixel-wide': ('label map one pixel wide or high', _STOPS, _REMOVE_SAMPLE),
     # --- classification
@@ -167,6 +176,7 @@ _WARNINGS = {
         'if annotations fit the stored pixels, remove the EXIF orientation',
     ),
     'image-in-two-splits': ('image in train and in another split', 'is tested on what it learned', 'keep it in one'),
+    'classes-fewer': ('last classes have no folder', 'is not tested on these classes', 'none, or add their folders'),
     'classes-alike': ('class names that differ in case or spaces at most', 'learns them as several', _CHECK),
     # --- COCO annotation files
     'image-without-annotation': (
@@ -198,6 +208,7 @@ _WARNINGS = {
         'set seg_pad_val to ignore_index',
     ),
     'ignore-index-unsaid': ('value that all but the data set ignore', 'ignores it', 'set its ignore_index, too'),
+    'maps-of-one-class': ('all label maps to test on hold one class', 'computes a score of that class alone', _CHECK),
     'map-all-ignored': ('label map of ignored pixels only', 'learns nothing from it', _REMOVE_SAMPLE),
     'class-without-samples': (
         'class without samples',
@@ -205,5 +216,8 @@ _WARNINGS = {
         'fill its folder or remove it (renumbers others)',
     ),
 }
-KINDS = {name: Kind(Severity.ERROR, *row) for name, row in _ERRORS.items()}
-KINDS |= {name: Kind(Severity.WARNING, *row) for name, row in _WARNINGS.items()}
+# Errors of single boxes, masks, labels and images that training and evaluation get past.
+_SINGLE = 'sample-unreadable label-out-of-range size-not-positive category-unknown area-not-positive box-not-finite '
+_SINGLE += 'box-negative box-outside mask-missing mask-malformed mask-outside rle-size rle-sum'
+KINDS = {name: Kind(Severity.ERROR, *row, name in _SINGLE.split()) for name, row in _ERRORS.items()}
+KINDS |= {name: Kind(Severity.WARNING, *row, True) for name, row in _WARNINGS.items()}

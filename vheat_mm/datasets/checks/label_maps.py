@@ -13,6 +13,7 @@ from vheat_mm.utils.text import some_of
 
 IGNORED = 255  # what mmseg makes of 0 with reduce_zero_label, and of classes that are not chosen
 _READ_AT_START, _FAULTY_AT_START = 500, 20
+_TOO_FEW = ('maps-without-classes', 'maps-of-one-class')
 
 
 class MapRule(NamedTuple):
@@ -82,13 +83,14 @@ def judge_labels(labels: np.ndarray, rule: MapRule) -> list[Fault]:
     return []
 
 
-def judge_together(values: set[int], count: int, rule: MapRule, complete: bool) -> Iterator[Fault]:
+def judge_together(values: set[int], count: int, rule: MapRule, trains: bool, complete: bool = True) -> Iterator[Fault]:
     """Faults of all label maps of a data set.
 
     Args:
         values: Those that occur in any of them.
         count: Number of maps.
         rule: How they become classes.
+        trains: Whether training uses them: those to test on, which may be few, may well hold the background alone.
         complete: Whether all its maps have been read.
     """
     if rule.num_classes is None:
@@ -106,35 +108,43 @@ def judge_together(values: set[int], count: int, rule: MapRule, complete: bool) 
     if complete and len(classes) < 2 <= rule.num_classes:
         only = f'only class {classes[0]}' if classes else 'no class'
         left = ' and ignored pixels' if len(classes) < len(new) else ''
-        yield 'maps-without-classes', f'{count} maps hold the values {some_of(sorted(values))}: {only}{left}'
+        kind = 'maps-without-classes' if trains or left else 'maps-of-one-class'
+        yield kind, f'{count} maps hold the values {some_of(sorted(values))}: {only}{left}'
 
 
-def judge_first(jobs: Iterator[MapJob]) -> Iterator[tuple[str | None, Fault]]:
+def judge_first(jobs: Iterator[MapJob], trains: bool) -> Iterator[tuple[str | None, Fault]]:
     """As :func:`judge_together`, at the start of a training: maps are read until there are two classes.
 
-    That takes one or two maps of a healthy data set. Where the first 20 are all faulty, that is what there is to say;
-    where only some are, training can leave them out.
+    That takes one or two maps of a healthy data set. Training leaves faulty maps out; they are the cause where no
+    other is usable, or where all others hold less than two classes.
 
     Yields:
         Path of a map, ``None`` for all together; its fault.
     """
     values: set[int] = set()
     faults: list[tuple[str | None, Fault]] = []
-    usable, together = 0, []
+    together: list[Fault] = []
+    usable = 0
     for job in islice(jobs, _READ_AT_START):
         facts = examine_map(job)
-        faults += [(job.path, fault) for fault in facts.faults]
         if facts.values:
             usable += 1
             values.update(facts.values)
-            together = list(judge_together(values, usable, job.rule, complete=True))
-            if not any(kind == 'maps-without-classes' for kind, _ in together):
+            together = list(judge_together(values, usable, job.rule, trains))
+            if not any(kind in _TOO_FEW for kind, _ in together):
                 break
-        elif not usable and len(faults) >= _FAULTY_AT_START:
-            break
+        else:
+            faults += [(job.path, fault) for fault in facts.faults]
+            if not usable and len(faults) >= _FAULTY_AT_START:
+                break
+    else:
+        complete = next(jobs, None) is None
+        if faults or not complete:
+            together = [fault for fault in together if fault[0] not in _TOO_FEW]
+        usable = usable * (not complete)
     if not usable:
         yield from faults
-    yield from ((None, fault) for fault in together if fault[0] != 'maps-without-classes' or next(jobs, None) is None)
+    yield from ((None, fault) for fault in together)
 
 
 def learned_class(value: int, rule: MapRule) -> int:

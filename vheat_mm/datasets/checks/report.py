@@ -48,11 +48,13 @@ class Report:
     Attributes:
         checked: Lines for the summary: what was checked.
         counts: Number of findings by kind; the first :data:`KEPT` of each kind are in ``kept``.
+        many: Kinds on single entries that are too many in one of the data sets, or that end an evaluation.
     """
 
     checked: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     kept: dict[str, list[Finding]] = field(default_factory=dict)
+    many: set[str] = field(default_factory=set)
 
     def add(self, finding: Finding) -> None:
         """Add a finding.
@@ -74,6 +76,10 @@ class Report:
     def count(self, severity: Severity) -> int:
         """Number of findings of a severity."""
         return sum(number for kind, number in self.counts.items() if KINDS[kind].severity is severity)
+
+    def ends_run(self, kind: str) -> bool:
+        """Whether the start of a training or a test stops for a kind that has been found."""
+        return KINDS[kind].severity is Severity.ERROR and (not KINDS[kind].is_single or kind in self.many)
 
     def failed(self, strict: bool) -> bool:
         """Whether there are errors; ``strict`` counts warnings, too."""

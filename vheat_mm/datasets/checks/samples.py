@@ -75,15 +75,12 @@ def _list_coco(part: Part, note: Note) -> Iterator[Sample]:
     content = read_coco(path, part.with_mask)
     for finding in judge_coco(content, part.classes, part.trains, part.with_mask, bool(part.metrics)):
         note(finding)
-    for other in {name for name in part.metrics.values() if not _is_same(name, path)}:
+    part.annotations = len(content.annotation_ids)
+    for other in {name for _, name in part.metrics if os.path.realpath(name) != os.path.realpath(path)}:
         note(Finding('evaluator-file', path, f'the evaluator has ann_file={other!r} ({part.place})'))
     folder = part.dataset.data_prefix.get('img', '')
     for image in content.images.values():
         yield Sample(os.path.join(folder, image.file_name), image.id, (image.width, image.height))  # noqa: PTH118
-
-
-def _is_same(path: str, other: str) -> bool:
-    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def _list_xml(part: Part, note: Note) -> Iterator[Sample]:
@@ -195,6 +192,8 @@ class _Labels:
 def _judge_instances(info: dict, part: Part, path: str, note: Note) -> None:
     """Boxes [left, top, right, bottom] of data sets that are not COCO's."""
     instances, image_id = info.get('instances') or [], info.get('img_id')
+    if instances and not min(info.get('width', 1), info.get('height', 1)) > 0:
+        note(Finding('size-not-positive', path, f'{info["width"]} x {info["height"]}', image_id))
     for number, instance in enumerate(instances):
         box, label = instance.get('bbox'), instance.get('bbox_label')
         text = f'instance {number}: {box}'

@@ -32,18 +32,27 @@ def ignored_values(cfg: Config) -> tuple[tuple[str, int | None], ...]:
 
 def unignored_padding(cfg: Config) -> str:
     """What says that pixels which fill up label maps are learned by a head; an empty text where none are."""
-    value = (cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}).get('seg_pad_val', 255)
+    value = _preprocessor(cfg).get('seg_pad_val', 255)
     heads = [(name, index) for name, index in ignored_values(cfg) if name.startswith('model.') and index != value]
     return ', '.join(f'{name} has ignore_index={index}, seg_pad_val is {value}' for name, index in heads)
 
 
-def coco_metrics(cfg: Config, split: str) -> dict[str, str]:
-    """What pycocotools computes on a split (``'bbox'``, ``'segm'``, ...) -> the annotation file of the evaluator."""
-    found: dict[str, str] = {}
+def number_of_bands(cfg: Config) -> int:
+    """Bands that the model takes, by the ``mean`` of its data preprocessor; 0 where it has none."""
+    return len(_preprocessor(cfg).get('mean') or ())
+
+
+def _preprocessor(cfg: Config) -> dict:
+    return cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
+
+
+def coco_metrics(cfg: Config, split: str) -> set[tuple[str, str]]:
+    """What pycocotools computes on a split (``'bbox'``, ``'segm'``, ...), and the annotation file of the evaluator."""
+    found: set[tuple[str, str]] = set()
     for _, metric in _entries(cfg, f'{split}_evaluator'):
         if type_name(metric) == 'CocoMetric' and metric.get('ann_file') and not metric.get('format_only'):
             kinds = metric.get('metric', 'bbox')
-            found |= dict.fromkeys([kinds] if isinstance(kinds, str) else kinds, metric['ann_file'])
+            found |= {(kind, metric['ann_file']) for kind in ([kinds] if isinstance(kinds, str) else kinds)}
     return found
 
 

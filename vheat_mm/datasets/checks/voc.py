@@ -27,7 +27,7 @@ def read_voc(
     for image_id in list_from_file(dataset.ann_file, backend_args=dataset.backend_args):
         path = os.path.join(dataset.sub_data_root, dataset.ann_subdir, f'{image_id}.xml')  # noqa: PTH118 (or an address)
         if not exists(path, backend_args=dataset.backend_args):
-            note(Finding('file-missing', path, 'the annotation file', image_id))
+            note(Finding('xml-malformed', path, 'there is no such file', image_id))
             continue
         image = os.path.join(dataset.sub_data_root, dataset.img_subdir, f'{image_id}.jpg')  # noqa: PTH118
         info = dict(img_path=image, img_id=image_id)

@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from vheat_mm.datasets.checks.check import check_labels
-from vheat_mm.datasets.checks.kinds import KINDS, Severity
+from vheat_mm.datasets.checks.kinds import KINDS
 from vheat_mm.datasets.checks.report import Report
 from vheat_mm.utils.dist import unwrap
 from vheat_mm.utils.errors import AnnotationError, describe
@@ -50,8 +50,8 @@ class AnnotationCheckHook(Hook):
 
     The first part is that of ``tools/misc/check_dataset.py``, without decoding images. ``tools/train.py`` and
     ``tools/test.py`` run it before they build the data sets, whose own readers may hang or stop without naming a file;
-    elsewhere it runs before the first iteration. Rank 0 reads the files. An error ends the run, warnings are counted
-    in the log.
+    elsewhere it runs before the first iteration. Rank 0 reads the files. An error in the data set as a whole, or in
+    more than 1 % of its entries, ends the run; a few faulty entries and warnings are counted in the log.
 
     Args:
         files: Whether to check annotation files.
@@ -98,7 +98,7 @@ class AnnotationCheckHook(Hook):
         started = time.monotonic()
         report = check_labels(runner.cfg, splits)
         counts = {kind: count for kind, count in report.counts.items() if kind not in self._allow}
-        errors = [kind for kind in KINDS if kind in counts and KINDS[kind].severity is Severity.ERROR]
+        errors = [kind for kind in KINDS if kind in counts and report.ends_run(kind)]
         for kind in KINDS:
             if kind in report.counts and kind not in errors:
                 runner.logger.warning(_sentence(report, kind))
@@ -142,7 +142,8 @@ class AnnotationCheckHook(Hook):
         runner.logger.warning(message)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Check the labels of a batch, before it goes to the model's device."""
+        """Check the bands and labels of a batch, before it goes to the model's device."""
+        check_bands(data_batch, unwrap(runner.model))
         check_batch(data_batch, class_heads(unwrap(runner.model)))
 
     def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
@@ -201,6 +202,29 @@ def check_classes(dataset: Any, heads: dict[str, Head], runner: Runner) -> None:
                 runner.logger.warning(f'{message}: the last {head.num_classes - len(classes)} logits are unused')
 
 
+def check_bands(data_batch: Any, model: nn.Module) -> None:
+    """Compare the bands of a batch's images, (bands, height, width), with the ``mean`` that is subtracted from them.
+
+    Raises:
+        AnnotationError: An image has another number, and neither is one, which fits any.
+    """
+    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+    if not isinstance(data_batch, Mapping) or not isinstance(mean, Tensor):
+        return
+    for image, sample in zip(data_batch.get('inputs', ()), data_batch.get('data_samples', ()), strict=False):
+        found, expected = (len(image) if isinstance(image, Tensor) and image.dim() == 3 else 1), len(mean)
+        if found != expected and 1 not in (found, expected):
+            raise AnnotationError(
+                f'{path_in(sample)}: {found} bands, model.data_preprocessor.mean has {expected} numbers; '
+                f'{KINDS["bands-differ"].remedy}'
+            )
+
+
+def path_in(sample: Any) -> str:
+    """Path of a data sample's image."""
+    return str(getattr(sample, 'metainfo', {}).get('img_path', 'an image without path'))
+
+
 def check_batch(data_batch: Any, heads: dict[str, Head]) -> None:
     """Check the labels of a batch.
 
@@ -218,7 +242,7 @@ def check_batch(data_batch: Any, heads: dict[str, Head]) -> None:
             wrong = labels[(labels < 0) | (labels >= head.num_classes)]
             if wrong.numel():
                 raise AnnotationError(
-                    f'{sample.metainfo.get("img_path", "an image without path")}: label '
+                    f'{path_in(sample)}: label '
                     f'{", ".join(map(str, torch.unique(wrong)[:6].tolist()))} lies outside 0 .. {head.num_classes - 1} '
                     f'(model.{head.name}.num_classes={head.num_classes}); {_REMEDIES[kind]}'
                 )
