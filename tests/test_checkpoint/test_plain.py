@@ -11,7 +11,7 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 
-from vheat_mm.checkpoint import pickle_inspector
+from vheat_mm.checkpoint import pickle_inspector, pickle_rules, plain
 from vheat_mm.checkpoint.io import read_checkpoint
 from vheat_mm.checkpoint.plain import drop_functions, find_refused, to_plain
 
@@ -35,18 +35,18 @@ CONVERTED = [
 
 @pytest.mark.parametrize(('value', 'expected'), CONVERTED)
 def test_converted_to_what_the_loader_reads(tmp_path, value, expected):
-    plain = to_plain(value)
-    assert plain == expected
-    assert find_refused(plain) is None
-    torch.save(dict(value=plain), tmp_path / 'a.pth')
+    converted = to_plain(value)
+    assert converted == expected
+    assert find_refused(converted) is None
+    torch.save(dict(value=converted), tmp_path / 'a.pth')
     assert read_checkpoint(tmp_path / 'a.pth')['value'] == expected
 
 
 def test_plain_values_are_not_copied():
     state = Named().state_dict()
-    plain = to_plain(state)
-    assert plain._metadata == state._metadata
-    assert type(plain['_extra_state']) is dict
+    converted = to_plain(state)
+    assert converted._metadata == state._metadata
+    assert type(converted['_extra_state']) is dict
     value = dict(a=[1, (2.0, b'c')], b=b'', c={1, None}, d=np.ones(2), e=torch.ones(2), f=HistoryBuffer())
     assert to_plain(value) is value
     assert find_refused(value) is None
@@ -68,6 +68,15 @@ def test_the_place_of_what_the_loader_refuses(value, place, reason):
     found = find_refused(to_plain(value))
     assert found[0] == place
     assert reason in found[1]
+
+
+def test_tensors_that_the_loader_would_refuse(tmp_path, monkeypatch):
+    monkeypatch.setattr(plain, '_MOST_EXPANDED', 0)
+    monkeypatch.setattr(pickle_rules, 'SPARE_BYTES', 0)
+    values = torch.tensor([1 + 2j, 3 - 1j])
+    state = dict(a=values.conj(), b=values.conj().imag, c=torch.ones(1).expand(1000, 10))
+    torch.save(to_plain(state), tmp_path / 'a.pth')
+    torch.testing.assert_close(read_checkpoint(tmp_path / 'a.pth'), state)
 
 
 def test_functions_of_schedulers_are_dropped():

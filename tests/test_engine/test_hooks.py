@@ -7,6 +7,7 @@ import signal
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from mmengine.model import BaseModel
@@ -118,7 +119,7 @@ def test_number_of_class_names():
     warnings = []
     runner = SimpleNamespace(logger=SimpleNamespace(warning=warnings.append))
     heads = dict(gt_label=class_heads(Heads())['gt_label'])
-    for classes, count in ((('a', 'b'), 0), (('a',), 1)):
+    for classes, count in ((('a', 'b'), 0), (np.array(['a', 'b']), 0), (None, 0), (('a',), 1)):
         check_classes(SimpleNamespace(metainfo=dict(classes=classes)), heads, runner)
         assert len(warnings) == count
     with pytest.raises(AnnotationError, match=r'3 classes, but model.head.num_classes=2'):

@@ -1,13 +1,15 @@
 """Resuming: validations that were cut short, early stopping, changed settings, and state that no checkpoint holds."""
 
 import collections
+import pathlib
 
+import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.optim import OneCycleLR  # noqa: F401 (registered)
 from mmengine.registry import HOOKS
-from small_runs import ALL_HOOKS, CountedScore, NoisyNumbers, RecordBatches, train
+from small_runs import ALL_HOOKS, CountedScore, DropoutLine, NoisyNumbers, RecordBatches, train
 
 from vheat_mm.checkpoint.io import read_checkpoint
 from vheat_mm.engine.runner.stateful_parts import changing_attributes
@@ -205,6 +207,25 @@ def test_one_cycle_resumes(tmp_path):
     torch.testing.assert_close(again[0], full[0], rtol=0, atol=0)
 
 
+def test_a_module_with_a_state_that_is_no_tensor(tmp_path, monkeypatch):
+    restored = []
+    monkeypatch.setattr(DropoutLine, 'get_extra_state', lambda self: dict(a=1), raising=False)
+    monkeypatch.setattr(DropoutLine, 'set_extra_state', lambda self, state: restored.append(state), raising=False)
+    options = dict(hooks=[*ALL_HOOKS, 'CheckpointCheckHook'], checkpoint=ATOMIC)
+    train(tmp_path, True, 0, 1, **options)
+    train(tmp_path, True, 0, 2, **options, resume=True)
+    assert restored == [dict(a=1)]
+
+
+def test_metainfo_of_other_types(tmp_path, monkeypatch, capfd):
+    """It is converted in the checkpoint; MMEngine would call it another data set."""
+    monkeypatch.setattr(NoisyNumbers, 'metainfo', dict(classes=np.array(['a', 'b']), folder=pathlib.Path('a')))
+    options = dict(hooks=ALL_HOOKS, checkpoint=ATOMIC, change=lambda settings: settings.update(log_level='WARNING'))
+    train(tmp_path, True, 0, 1, **options)
+    train(tmp_path, True, 0, 2, **options, resume=True)
+    assert 'metainfo from the resumed checkpoint is different' not in capfd.readouterr().out
+
+
 @HOOKS.register_module()
 class StoresAFunction(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
@@ -234,11 +255,33 @@ class Cached:
         return results
 
 
+@HOOKS.register_module()
+class Records(Hook):
+    def before_run(self, runner):
+        self.losses = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        entry = dict(iteration=runner.iter)
+        entry['loss'] = outputs['loss']
+        self.losses.append(entry)
+
+
+@HOOKS.register_module()
+class Decays(Records):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        for group in runner.optim_wrapper.optimizer.param_groups:
+            group['weight_decay'] = len(self.losses) / 100
+
+
 def test_parts_with_a_state_are_named(tmp_path, capfd, monkeypatch):
+    """Also a hook that changes the training, but not one that only records; and a choice of what is saved."""
     assert changing_attributes(Cached) == ['count', 'cache']
     monkeypatch.setattr(NoisyNumbers, 'pipeline', [Cached()], raising=False)
-    train(tmp_path, True, 0, 1, hooks=ALL_HOOKS, change=lambda settings: settings.update(log_level='WARNING'))
-    assert 'which no checkpoint holds: Cached (count, cache)' in capfd.readouterr().out
+    options = dict(hooks=[*ALL_HOOKS, 'Records', 'Decays'], checkpoint=ATOMIC | dict(save_optimizer=False))
+    train(tmp_path, True, 0, 1, **options, change=lambda settings: settings.update(log_level='WARNING'))
+    log = capfd.readouterr().out
+    assert 'which no checkpoint holds: Cached (count, cache), Decays (losses). After' in log
+    assert log.count('no checkpoint of this run can be resumed') == 1
 
 
 def test_transforms_of_the_libraries():

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vheat_mm.checkpoint.pickle_rules import SPARE_BYTES
 from vheat_mm.checkpoint.safe_globals import register_safe_globals
 from vheat_mm.checkpoint.verify import check_content
 from vheat_mm.utils.errors import CheckpointError
@@ -21,6 +22,7 @@ from vheat_mm.utils.text import first_line
 
 FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
 _KEPT = (dict, OrderedDict, Counter, list, tuple, set, torch.Size)
+_MOST_EXPANDED = SPARE_BYTES // 8  # bytes of a tensor that repeats its storage; few of them together can be read
 _BASES: tuple[Any, ...] = (bool, int, float, complex, str, bytes)
 
 
@@ -28,8 +30,9 @@ def to_plain(value: Any) -> Any:
     """Convert subclasses and wrappers to the plain types that the loader allows, where that loses nothing.
 
     ``ConfigDict`` becomes a dict, a named tuple a tuple, a path or an enum its value, a numpy array of strings or
-    objects a list, a tensor with own attributes one without. Other values are returned as they are, also those that
-    the loader refuses: see :func:`find_refused`. A container is copied only if something in it is converted.
+    objects a list, a tensor with own attributes, conjugated or far expanded, one that is not. Other values are returned
+    as they are, also those that the loader refuses: see :func:`find_refused`. A container is copied only if something
+    in it is converted.
     """
     if isinstance(value, enum.Enum):
         return to_plain(value.value)
@@ -43,13 +46,21 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value if value.dtype.kind in 'biuf' and value.dtype.itemsize <= 8 else value.item()
     if isinstance(value, Tensor):
-        return value.detach() if type(value) is Tensor and (vars(value) or value.grad_fn) else value
+        return _plain_tensor(value) if type(value) is Tensor and value.layout is torch.strided else value
     for base in _BASES:
         if isinstance(value, base):
             return value if type(value) is base else base(value)
     if isinstance(value, range):
         return list(value)
     return _container(value)
+
+
+def _plain_tensor(value: Tensor) -> Tensor:
+    if vars(value) or value.grad_fn:
+        value = value.detach()
+    if value.nbytes > max(_MOST_EXPANDED, 4 * value.untyped_storage().nbytes()):
+        value = value.contiguous()
+    return value.resolve_conj().resolve_neg()
 
 
 def _container(value: Any) -> Any:

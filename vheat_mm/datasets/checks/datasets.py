@@ -52,7 +52,7 @@ class Part:
 
     def __post_init__(self) -> None:
         named = (getattr(self.dataset, 'metainfo', None) or {}).get('classes')
-        self.classes = (named,) if isinstance(named, str) else tuple(named or ())
+        self.classes = (named,) if isinstance(named, str) else tuple(() if named is None else named)
 
     @property
     def trains(self) -> bool:

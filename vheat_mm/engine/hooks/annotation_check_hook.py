@@ -192,7 +192,7 @@ def check_classes(dataset: Any, heads: dict[str, Head], runner: Runner) -> None:
             raise AnnotationError(
                 f"metainfo.classes is the string {classes!r}: write classes=('{classes}',), with the comma"
             )
-        for head in heads.values() if classes else ():
+        for head in heads.values() if classes is not None and len(classes) else ():
             message = (
                 f'the training set names {len(classes)} classes, but model.{head.name}.num_classes={head.num_classes}'
             )

@@ -127,6 +127,8 @@ class AtomicCheckpointHook(CheckpointHook):
             self._run = Run(runner.work_dir, self._folder(runner), self.filename_tmpl)
         superfluous = self._believe_own_files(runner)
         super().before_train(runner)
+        if not self.save_optimizer:
+            runner.logger.warning('no checkpoint of this run can be resumed: checkpoint hook with save_optimizer=False')
         self.last_ckpt = runner.message_hub.runtime_info.get('last_ckpt')
         self._finite = FiniteState(runner)
         ignore_log_write_errors(runner)

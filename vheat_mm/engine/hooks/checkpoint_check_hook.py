@@ -39,7 +39,7 @@ class CheckpointCheckHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Convert keys and check the weights; MMEngine loads ``checkpoint['state_dict']`` afterwards."""
         path = str(runner._load_from)
-        own = unwrap(runner.model).state_dict()
+        own = {key: value for key, value in unwrap(runner.model).state_dict().items() if isinstance(value, Tensor)}
         # ``train()`` builds the optimizer before it loads; ``test()`` and ``val()`` never do.
         finetune = isinstance(runner.optim_wrapper, OptimWrapper) and not runner._resume
         if runner._resume and not {'meta', 'optimizer', 'state_dict'} <= set(checkpoint):

@@ -11,6 +11,7 @@ from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
+from vheat_mm.checkpoint.plain import to_plain
 from vheat_mm.checkpoint.run_folder import read_record
 from vheat_mm.engine.optimizers.accumulated_gradients import (
     average_gradients,
@@ -76,6 +77,9 @@ class ReproducibleHook(Hook):
             self._resumed_gradients = checkpoint.get(GRADIENTS, {})
             self._settings, path = run_settings(runner), str(runner._load_from)
             old = meta.get(SETTINGS, self._settings)  # an earlier version stored none
+            own = getattr(runner.train_loop.dataloader.dataset, 'metainfo', None)
+            if repr(to_plain(own)) == repr(meta.get('dataset_meta')):
+                meta['dataset_meta'] = own  # MMEngine warns if it is of other types
             try:
                 for line in compare_settings(old, self._settings, meta, path):
                     runner.logger.warning(f'changed since the checkpoint: {line}')

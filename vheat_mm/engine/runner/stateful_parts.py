@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +26,7 @@ def note_stateful_parts(runner: Runner) -> str | None:
     """One line for the log that names the parts of a training whose state a resumed run does not have."""
     loader = runner.train_loop.dataloader
     samplers = [loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, 'sampler', None)]
-    hooks = [hook for hook in runner.hooks if not _keeps_its_state(hook)]
+    hooks = [hook for hook in runner.hooks if not _keeps_its_state(hook) and _changes_others(type(hook))]
     named = {
         type(part).__name__: attributes
         for part in (*_transforms(loader.dataset), *samplers, *hooks)
@@ -44,6 +45,24 @@ def _keeps_its_state(hook: Hook) -> bool:
     """Hooks of the libraries derive their state from epoch and iteration, or store it."""
     of_library = type(hook).__module__.partition('.')[0] in _LIBRARIES
     return of_library or type(hook).before_save_checkpoint is not Hook.before_save_checkpoint
+
+
+def _changes_others(kind: type) -> bool:
+    """Whether a method sets a value outside of its object and of dicts that it makes; a hook may only keep records."""
+    for owner in kind.__mro__[: kind.__mro__.index(Hook)]:
+        for method in _methods(owner.__module__, owner.__name__):
+            nodes = list(ast.walk(method))
+            made = [node.targets[0] for node in nodes if isinstance(node, ast.Assign) and _is_new(node.value)]
+            stored = [node for node in nodes if isinstance(getattr(node, 'ctx', None), ast.Store)]
+            targets = [node for node in stored if isinstance(node, ast.Attribute | ast.Subscript)]
+            roots = {re.split(r'[.[]', ast.unparse(target))[0] for target in targets}
+            if roots - {'self', *map(ast.unparse, made)}:
+                return True
+    return False
+
+
+def _is_new(value: ast.expr) -> bool:
+    return ast.unparse(value).startswith(('{', '[', 'dict(', 'list('))
 
 
 def _transforms(dataset: Any, depth: int = 10) -> Iterator[Any]:
