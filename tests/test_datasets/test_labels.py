@@ -16,7 +16,6 @@ from PIL import Image
 from vheat_mm.datasets.checks import label_maps
 from vheat_mm.datasets.checks.check import check_datasets, check_labels
 from vheat_mm.datasets.checks.report import Report
-from vheat_mm.datasets.checks.voc import read_voc
 from vheat_mm.engine.hooks.annotation_check_hook import Head, check_classes
 from vheat_mm.utils.errors import AnnotationError
 
@@ -255,10 +254,9 @@ def test_voc_files_that_cannot_be_read(tmp_path):
     report = at_start('mmdet', ('train',), train_dataloader=dict(dataset=data))
     assert report.counts == {'xml-malformed': 3}
     assert report.kept['xml-malformed'][0].path.endswith('Annotations/0.xml')
-    assert [finding.value for finding in report.kept['xml-malformed']][::2] == [
-        'there is no such file',
-        'object 0 lacks bndbox',
-    ]
+    texts = [finding.value for finding in report.kept['xml-malformed']]
+    assert 'No such file' in texts[0]
+    assert texts[2].startswith('an object lacks name, bndbox')
 
 
 def test_voc_files_without_sizes(tmp_path):
@@ -268,21 +266,6 @@ def test_voc_files_without_sizes(tmp_path):
     path.write_text(path.read_text().replace('<width>64', '<width>0'))
     report = at_start('mmdet', ('train',), train_dataloader=dict(dataset=data))
     assert [finding.value for finding in report.kept['size-not-positive']] == ['0 x 48']
-
-
-def test_voc_boxes_are_those_of_mmdet(tmp_path):
-    pytest.importorskip('mmdet')
-    init_default_scope('mmdet')
-    dataset = DATASETS.build(write_voc(tmp_path, 'box disc', 'disc'))
-    ours = list(read_voc(dataset, corrupt_data.CLASSES, True, pytest.fail))
-    for index, info in enumerate(ours):
-        theirs = dataset.get_data_info(index)
-        assert {key: theirs[key] for key in ('img_path', 'img_id', 'width', 'height')} == {
-            key: info[key] for key in ('img_path', 'img_id', 'width', 'height')
-        }
-        assert [(i['bbox'], i['bbox_label']) for i in theirs['instances']] == [
-            (i['bbox'], i['bbox_label']) for i in info['instances']
-        ]
 
 
 def test_sets_with_own_palettes(tmp_path):

@@ -85,11 +85,10 @@ def _list_coco(part: Part, note: Note) -> Iterator[Sample]:
 
 def _list_xml(part: Part, note: Note) -> Iterator[Sample]:
     empty = True
-    for info in read_voc(part.dataset, part.classes, part.trains, note):
+    for info in read_voc(part, note):
         empty = False
         _judge_instances(info, part, info['img_path'], note)
-        size = (info['width'], info['height']) if 'width' in info else None
-        yield Sample(info['img_path'], info['img_id'], size)
+        yield Sample(info['img_path'], info['img_id'], (info['width'], info['height']))
     if empty:
         note(Finding('dataset-empty', part.dataset.ann_file, 'it names no usable image'))
 

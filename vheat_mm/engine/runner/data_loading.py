@@ -61,8 +61,42 @@ class Ledger:
         return int((self.marks > 1).sum()) > max(allowed, self._ALWAYS)
 
 
-class SkippingFetch:
-    """Loads a batch; a sample that fails is logged and replaced by another one, drawn at random.
+class NamingFetch:
+    """Loads a batch of a validation or test set, and names the sample that fails: a score needs each of them.
+
+    Args:
+        dataset: Indexed by sample.
+        check: Raises for a loaded sample that must not be used.
+    """
+
+    def __init__(self, dataset: Any, check: Callable[[Any], None]) -> None:
+        self._dataset, self._check = dataset, check
+
+    def __call__(self, batch: Sequence[int]) -> list:
+        """Load a batch.
+
+        Raises:
+            BrokenSampleError: A sample has failed; in training: ``tries`` in a row, or too many of all.
+        """
+        return [self._load(index) for index in batch]
+
+    def _load(self, index: int) -> Any:
+        try:
+            return self._use(index)
+        except Exception as error:
+            raise BrokenSampleError(
+                f'sample {index} ({path_of(self._dataset, index)}) of the data set to test on cannot be used: '
+                f'{_one_line(error)}. Correct or remove it: a score needs each sample'
+            ) from error
+
+    def _use(self, index: int) -> Any:
+        sample = self._dataset[index]
+        self._check(sample)
+        return sample
+
+
+class SkippingFetch(NamingFetch):
+    """Loads a batch for training; a sample that fails is logged and replaced by another one, drawn at random.
 
     Args:
         dataset: Indexed by sample.
@@ -72,22 +106,13 @@ class SkippingFetch:
     """
 
     def __init__(self, dataset: Any, check: Callable[[Any], None], tries: int, ledger: Ledger) -> None:
-        self._dataset, self._check, self._tries, self._ledger = dataset, check, tries, ledger
-        self._first = ''
-
-    def __call__(self, batch: Sequence[int]) -> list:
-        """Load a batch.
-
-        Raises:
-            BrokenSampleError: ``tries`` samples in a row have failed, or too many of all.
-        """
-        return [self._load(index) for index in batch]
+        super().__init__(dataset, check)
+        self._tries, self._ledger, self._first = tries, ledger, ''
 
     def _load(self, index: int) -> Any:
         for attempt in range(self._tries):
             try:
-                sample = self._dataset[index]
-                self._check(sample)
+                sample = self._use(index)
                 self._ledger.add(index, None)
                 return sample
             except Exception as caught:  # decoders and augmentations raise errors of many types
@@ -106,32 +131,6 @@ class SkippingFetch:
         raise BrokenSampleError(
             f'{self._tries} samples in a row could not be loaded, the last one with: {reason}. {_ADVICE}'
         ) from error
-
-
-class NamingFetch:
-    """Loads a batch of a validation or test set, and names the sample that fails: a score needs each of them."""
-
-    def __init__(self, dataset: Any, check: Callable[[Any], None]) -> None:
-        self._dataset, self._check = dataset, check
-
-    def __call__(self, batch: Sequence[int]) -> list:
-        """Load a batch.
-
-        Raises:
-            BrokenSampleError: A sample has failed.
-        """
-        return [self._load(index) for index in batch]
-
-    def _load(self, index: int) -> Any:
-        try:
-            sample = self._dataset[index]
-            self._check(sample)
-            return sample
-        except Exception as error:
-            raise BrokenSampleError(
-                f'sample {index} ({path_of(self._dataset, index)}) of the data set to test on cannot be used: '
-                f'{_one_line(error)}. Correct or remove it: a score needs each sample'
-            ) from error
 
 
 _ADVICE = 'python tools/misc/check_dataset.py CONFIG lists what is wrong with a data set'
