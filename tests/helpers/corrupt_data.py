@@ -201,7 +201,7 @@ ANNOTATION_FAULTS: dict[str, tuple[Callable[[dict], Any], set[str]]] = {
     'no_annotations_of_image': (lambda c: c['annotations'].pop(0), {'image-without-annotation'}),
     'no_annotations': (lambda c: c['annotations'].clear(), {'image-without-annotation', 'no-usable-annotation'}),
     'no_annotations_key': (lambda c: c.pop('annotations'), {'image-without-annotation', 'no-usable-annotation'}),
-    'no_images': (lambda c: c.update(images=[], annotations=[]), {'dataset-empty'}),
+    'no_images': (lambda c: c.update(images=[], annotations=[]), set()),
     'box_outside': (_box(200, 8, 32, 24), {'box-outside'}),
     'box_partly_outside': (_box(40, 8, 64, 24), {'box-beyond-edge'}),
     'box_zero_size': (_box(8, 8, 0, 24), {'box-degenerate'}),

@@ -80,6 +80,7 @@ def test_bands_that_the_model_does_not_take(coco):
 def test_data_sets_that_cannot_be_read(tmp_path, coco):
     absent = dataset(DETECTION, tmp_path / 'a' / 'absent.json')
     assert list(check('mmdet', train=absent).counts) == ['file-missing']
+    assert list(check('mmdet', train=dataset(DETECTION, coco['no_images'])).counts) == ['dataset-empty']
     empty = dataset(SEGMENTATION, None, tmp_path)
     (tmp_path / 'images').mkdir()
     assert list(check('mmseg', train=empty).counts) == ['dataset-empty']

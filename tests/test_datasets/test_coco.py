@@ -165,7 +165,7 @@ def build_coco(ann_file: Path, filter_cfg: dict | None):
     return cocos.CocoDataset(ann_file=str(ann_file), filter_cfg=filter_cfg, **fields)
 
 
-@pytest.mark.parametrize('name', [*names_by_effect('builds'), *corrupt_data.TEXT_FAULTS])
+@pytest.mark.parametrize('name', ['no_images', *names_by_effect('builds'), *corrupt_data.TEXT_FAULTS])
 def test_mmdet_stops_where_the_table_says_so(coco, name, capsys):
     with pytest.raises((KeyError, ValueError, TypeError, AssertionError)):
         build_coco(coco[name], dict(filter_empty_gt=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
 
 from vheat_mm.datasets.checks.datasets import Part
 from vheat_mm.datasets.checks.report import Finding
@@ -23,45 +22,37 @@ def judge_classes(parts: list[Part]) -> Iterator[Finding]:
         for part in named:
             if hasattr(part.dataset, 'folder_to_idx') and part.classes == first.classes[: len(part.classes)]:
                 if len(part.classes) < len(first.classes):  # labels are the same numbers
-                    yield Finding('classes-fewer', source_of(part), _difference(part, first))
+                    yield Finding('classes-fewer', part.source, _difference(part, first))
             elif part.classes != first.classes:
-                yield Finding('classes-differ', source_of(part), _difference(part, first))
+                yield Finding('classes-differ', part.source, _difference(part, first))
     numbered = [(part, numbers) for part in parts if (numbers := _numbers_of_folders(part))]
     for part, numbers in numbered:
         for name, label in numbers.items():
             other, expected = numbered[0][0], numbered[0][1].get(name, label)
             if label != expected and not (part.classes and other.classes):
                 text = f'folder {name} is label {label} in {part.place}, and {expected} in {other.place}'
-                yield Finding('classes-differ', source_of(part), text)
+                yield Finding('classes-differ', part.source, text)
                 break
     shifts = {
         part.place: part.dataset.reduce_zero_label for part in parts if hasattr(part.dataset, 'reduce_zero_label')
     }
     if len(set(shifts.values())) > 1:
         text = ', '.join(f'{place}: reduce_zero_label={value}' for place, value in shifts.items())
-        yield Finding('classes-shifted', source_of(parts[0]), text)
-
-
-def source_of(part: Part) -> str:
-    """The annotation file or folder of a data set, or its place in the config."""
-    dataset = part.dataset
-    prefix = getattr(dataset, 'data_prefix', None)
-    folders: list[Any] = list(prefix.values()) if isinstance(prefix, dict) else [prefix]
-    return str(getattr(dataset, 'ann_file', '') or next(filter(None, folders), '') or part.place)
+        yield Finding('classes-shifted', parts[0].source, text)
 
 
 def _judge_own(part: Part) -> Iterator[Finding]:
     folders = sorted(getattr(part.dataset, 'folder_to_idx', ()))
     if hidden := [name for name in folders if name.startswith('.') or name in _OF_TOOLS]:
-        yield Finding('class-folder-hidden', source_of(part), some_of(hidden))
+        yield Finding('class-folder-hidden', part.source, some_of(hidden))
     if sorted(part.classes) == folders != list(part.classes):
         text = f'folders are numbered in the order [{some_of(folders)}], metainfo.classes is '
-        yield Finding('classes-order', source_of(part), f'{text}[{some_of(list(part.classes))}]')
+        yield Finding('classes-order', part.source, f'{text}[{some_of(list(part.classes))}]')
     alike: dict[str, list[str]] = defaultdict(list)
     for name in part.classes:
         alike[plain_name(str(name))].append(name)
     if pairs := [names for names in alike.values() if len(names) > 1]:
-        yield Finding('classes-alike', source_of(part), some_of([' and '.join(map(repr, names)) for names in pairs]))
+        yield Finding('classes-alike', part.source, some_of([' and '.join(map(repr, names)) for names in pairs]))
 
 
 def _difference(part: Part, first: Part) -> str:

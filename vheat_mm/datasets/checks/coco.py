@@ -249,9 +249,7 @@ def judge_coco(
             yield _annotation_finding(content, kind, row)
     if with_mask:
         yield from _judge_masks(content, kept, sizes)
-    if not content.images:
-        yield Finding('dataset-empty', content.path, 'it names no usable image')
-    elif trains:
+    if trains and content.images:
         if not kept.any():
             text = f'{len(content.annotation_ids)} annotations, {len(content.images)} images'
             yield Finding('no-usable-annotation', content.path, text)

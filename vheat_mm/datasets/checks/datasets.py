@@ -60,6 +60,13 @@ class Part:
         return 'train' in self.splits
 
     @property
+    def source(self) -> str:
+        """Its annotation file or folder, or its place in the config."""
+        prefix = getattr(self.dataset, 'data_prefix', None)
+        folders: list[Any] = list(prefix.values()) if isinstance(prefix, dict) else [prefix]
+        return str(getattr(self.dataset, 'ann_file', '') or next(filter(None, folders), '') or self.place)
+
+    @property
     def with_mask(self) -> bool:
         """Whether instance masks are loaded, by the pipeline or to compute a score."""
         return any(kind == 'segm' for kind, _ in self.metrics) or any(

@@ -60,14 +60,20 @@ def list_samples(part: Part, note: Note) -> Iterator[Sample]:
     if not exists(path):
         note(Finding('file-missing', path, 'the annotation file'))
         return
+    empty = True
     try:
-        yield from reader(part, note)
+        for sample in reader(part, note):
+            yield sample
+            empty = False
     except OSError as error:
         note(Finding('file-unreadable', path, str(error.strerror or error)))
     except MalformedJsonError as error:
         note(Finding('json-malformed', path, str(error)))
     except UnicodeDecodeError as error:
         note(Finding('label-malformed', path, f'not UTF-8 ({error.reason} at byte {error.start})'))
+    else:
+        if empty:
+            note(Finding('dataset-empty', path, 'it names no usable sample'))
 
 
 def _list_coco(part: Part, note: Note) -> Iterator[Sample]:
@@ -84,34 +90,25 @@ def _list_coco(part: Part, note: Note) -> Iterator[Sample]:
 
 
 def _list_xml(part: Part, note: Note) -> Iterator[Sample]:
-    empty = True
     for info in read_voc(part, note):
-        empty = False
         _judge_instances(info, part, info['img_path'], note)
         yield Sample(info['img_path'], info['img_id'], (info['width'], info['height']))
-    if empty:
-        note(Finding('dataset-empty', part.dataset.ann_file, 'it names no usable image'))
 
 
 def _list_lines(part: Part, note: Note) -> Iterator[Sample]:
     """mmpretrain's lists: a path, a space and a label in each line."""
     dataset, path = part.dataset, part.dataset.ann_file
     backend = get_file_backend(dataset.img_prefix, enable_singleton=True)
-    empty = True
     seen = _Labels(part, note)
     for number, line in enumerate(list_from_file(path), start=1):
         name, *label = line.strip().rsplit(' ', 1) if dataset.with_label else [line]
         if not name or (dataset.with_label and not (label and label[0].lstrip('+-').isdecimal())):
             note(Finding('label-malformed', path, f'line {number}: {line!r}'))
             continue
-        empty = False
         label_or_none = int(label[0]) if dataset.with_label else None
-        seen.add(label_or_none, path, f'line {number}: {name}')
-        seen.add_folder(name, label_or_none)
+        seen.add(label_or_none, name, path, f'line {number}: {name}')
         yield Sample(backend.join_path(dataset.img_prefix, name), label=label_or_none)
     seen.finish(path)
-    if empty:
-        note(Finding('dataset-empty', path, 'none of its lines names a sample'))
 
 
 def _list_loaded(part: Part, note: Note) -> Iterator[Sample]:
@@ -119,7 +116,7 @@ def _list_loaded(part: Part, note: Note) -> Iterator[Sample]:
     dataset = part.dataset
     if not hasattr(dataset, 'get_data_info'):  # not a data set of OpenMMLab: only its samples can be loaded
         return
-    place = str(getattr(dataset, 'ann_file', '') or getattr(dataset, 'data_root', '') or part.place)
+    place = part.source
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             if hasattr(dataset, 'full_init'):
@@ -141,8 +138,7 @@ def _list_loaded(part: Part, note: Note) -> Iterator[Sample]:
         if not isinstance(image, str):  # pixels held in memory, or several images
             continue
         label = info.get('gt_label')
-        seen.add(label, image, '')
-        seen.add_folder(image, label)
+        seen.add(label, image, image, '')
         _judge_instances(info, part, image, note)
         label_map = info.get('seg_map_path')
         size = (info['width'], info['height']) if 'width' in info and 'height' in info else None
@@ -159,8 +155,11 @@ class _Labels:
         self._seen: set[int] = set()
         self._single = True
 
-    def add(self, label: Any, path: str, text: str) -> None:
-        """Add a sample's label, labels or ``None``."""
+    def add(self, label: Any, image: str, path: str, text: str) -> None:
+        """Add an image's label, labels or ``None``; a finding on it names ``path`` and ``text``."""
+        if isinstance(label, int):
+            folder = os.path.basename(os.path.dirname(image))  # noqa: PTH119, PTH120 (a path or an address)
+            self._part.folders.setdefault(folder, set()).add(label)
         labels = label if isinstance(label, list | tuple) else [] if label is None else [label]
         self._seen.update(labels)
         self._single = self._single and isinstance(label, int)
@@ -170,12 +169,6 @@ class _Labels:
             text = f'label {some_of(wrong)}' + (f', {text}' if text else '')
             classes = f'; classes are 0 .. {limit - 1}' if limit else ''
             self._note(Finding('label-out-of-range', path, text + classes))
-
-    def add_folder(self, image: str, label: Any) -> None:
-        """Add a sample to the labels that are found in its folder."""
-        if isinstance(label, int):
-            folder = os.path.basename(os.path.dirname(image))  # noqa: PTH119, PTH120 (a path or an address)
-            self._part.folders.setdefault(folder, set()).add(label)
 
     def finish(self, path: str) -> None:
         """Report classes without samples."""
