@@ -22,7 +22,6 @@ from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
-from vheat_mm.engine.hooks import SetupEndHook
 from vheat_mm.engine.runner.build import add_fault_tolerance_hooks, build_runner
 from vheat_mm.utils.torchvision import ensure_torchvision
 
@@ -59,7 +58,7 @@ def train(path: str, ours: bool, name: str, iterations: int) -> list[float]:
         cfg.work_dir = folder
         if ours:
             add_fault_tolerance_hooks(cfg)
-            runner = build_runner(cfg, [], SetupEndHook())
+            runner = build_runner(cfg, [])
         else:
             runner = Runner.from_cfg(cfg)
         runner.register_hook(clock, 'VERY_HIGH')

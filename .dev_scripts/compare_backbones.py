@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = parse_args(argv)
 
-    def body(_phase: object) -> None:
+    def body() -> None:
         logging.disable(logging.WARNING)
         ensure_torchvision()
         if args.page and not args.page.is_file():

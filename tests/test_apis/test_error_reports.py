@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import pytest
+from mmengine.runner.base_loop import BaseLoop
 
 from vheat_mm.apis.errors import run_reporting_errors
 from vheat_mm.utils.errors import ToolError
 from vheat_mm.utils.process import STOP_NOTE
 
 
+class Loop(BaseLoop):
+    """A training that ends with an error, in a hook or in an iteration."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def run(self) -> None:
+        self.before_train()
+        self.run_iter()
+
+    def run_iter(self) -> None:
+        raise self.error
+
+    def before_train(self) -> None: ...
+
+
+class FailingAtStart(Loop):
+    def before_train(self) -> None:
+        raise self.error
+
+
 def report(capfd, error: Exception, finished: bool) -> tuple[int, list[str]]:
-    def body(phase) -> None:
+    def body() -> None:
         print('a print of a library')
-        phase.finished = finished
-        raise error
+        (Loop if finished else FailingAtStart)(error).run()
 
     status = run_reporting_errors(body)
     return status, capfd.readouterr().err.splitlines()

@@ -81,7 +81,7 @@ def test_bands(bands, fine):
     model = nn.Module()
     model.data_preprocessor = ImgDataPreprocessor([0] * 3, [1] * 3)
     check = _check_for(SimpleNamespace(model=model))
-    with nullcontext() if fine else pytest.raises(AnnotationError, match=r'x.tif: 4 bands, .* has 3 values'):
+    with nullcontext() if fine else pytest.raises(AnnotationError, match=r'x.tif: 4 bands, .* has 3 numbers'):
         check(dict(inputs=torch.zeros(bands, 8, 8), data_samples=sample))
 
 

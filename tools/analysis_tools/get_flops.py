@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = parse_args(argv)
 
-    def body(_phase: object) -> None:
+    def body() -> None:
         logging.disable(logging.WARNING)
         cfg = read_config(args)
         shape = tuple(args.shape * 2)[:2] if args.shape else SHAPES[cfg.default_scope]

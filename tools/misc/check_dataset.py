@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     failed = False
 
-    def body(_phase: object) -> None:
+    def body() -> None:
         nonlocal failed
         if args.out and (not args.out.parent.is_dir() or args.out.is_dir()):
             raise ToolError(f'--out {args.out}: expected the name of a file in a folder that exists')

@@ -12,7 +12,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from vheat_mm.engine.hooks import SetupEndHook
+from mmengine.runner.base_loop import BaseLoop
+
 from vheat_mm.utils.config_place import explain
 from vheat_mm.utils.errors import REQUEUE, USER_ERRORS, StopRequested, VHeatError, describe
 from vheat_mm.utils.process import INTERRUPTED, STOP_NOTE, process_count, process_rank
@@ -27,22 +28,21 @@ _LOST_PEER = re.compile(r'gloo|nccl|connection (closed|reset)|tcpstore|broken pi
 _CLOSED = re.compile(r'connection (closed|reset) by peer|broken pipe|remote process exited', re.IGNORECASE)
 
 
-def run_reporting_errors(body: Callable[[SetupEndHook], None]) -> int:
+def run_reporting_errors(body: Callable[[], None]) -> int:
     """Run ``body`` and print its errors as messages on stderr.
 
     Of several processes one prints. After set-up, an error that the user cannot fix is printed with its traceback.
 
     Args:
-        body: The tool. It registers the hook that it receives with its runner.
+        body: The tool.
 
     Returns:
         The exit status.
     """
     if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # instead of that of utils.process.prepare_start
-    phase = SetupEndHook()
     try:
-        body(phase)
+        body()
     except KeyboardInterrupt:
         if process_rank() == 0:
             print('interrupted', file=sys.stderr)
@@ -56,7 +56,7 @@ def run_reporting_errors(body: Callable[[SetupEndHook], None]) -> int:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher may end this process while it waits
         _wait_for_rank0_error(error)
         known = isinstance(error, USER_ERRORS)
-        bug = phase.finished and not known and not _is_lost_peer(error)
+        bug = not known and _is_after_setup(error) and not _is_lost_peer(error)
         sys.stdout.flush()  # in a common log file, the message comes last
         if not _is_first_to_report():
             return UNKNOWN_ERROR if bug else USER_ERROR
@@ -101,6 +101,15 @@ def _is_first_to_report() -> bool:
     except OSError:  # the launcher was killed, or the disk is full
         return True
     return True
+
+
+def _is_after_setup(error: BaseException) -> bool:
+    """Whether a training, validation or test had begun; its first hooks are part of the set-up."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    running = any(
+        isinstance(frame.f_locals.get('self'), BaseLoop) and frame.f_code.co_name == 'run' for frame in frames
+    )
+    return running and not any(frame.f_code.co_name in ('before_train', 'before_test') for frame in frames)
 
 
 def _is_lost_peer(error: Exception) -> bool:

@@ -21,7 +21,6 @@ from vheat_mm.apis.tta import apply_tta
 from vheat_mm.checkpoint.run import lock_work_dir
 from vheat_mm.checkpoint.run_folder import release_all
 from vheat_mm.engine import fileio
-from vheat_mm.engine.hooks import SetupEndHook
 from vheat_mm.engine.hooks.annotation_check_hook import check_annotations
 from vheat_mm.engine.runner.build import (
     add_fault_tolerance_hooks,
@@ -65,7 +64,7 @@ def run_training(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
 
-    def body(phase: SetupEndHook) -> None:
+    def body() -> None:
         logging.raiseExceptions = False  # on a full disk, no traceback for each line of the log
         fileio.install()
         cfg = read_config(args)
@@ -81,7 +80,7 @@ def run_training(argv: Sequence[str] | None = None) -> int:
         notes = lock_work_dir(cfg.work_dir) if process_rank() == 0 else []  # before the runner writes into it
         set_dataloader_defaults(cfg)
         add_fault_tolerance_hooks(cfg)
-        runner = build_runner(cfg, notes, phase)
+        runner = build_runner(cfg, notes)
         begin_run(runner)
         log_environment(runner, sys.argv if argv is None else list(argv))
         check_annotations(runner, ['train', *([] if cfg.get('val_cfg') is None else ['val'])])
@@ -111,7 +110,7 @@ def run_testing(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
     args = parser.parse_args(argv)
 
-    def body(phase: SetupEndHook) -> None:
+    def body() -> None:
         fileio.install()
         cfg = read_config(args)
         for field in ('test_dataloader', 'test_cfg', 'test_evaluator'):
@@ -129,7 +128,7 @@ def run_testing(argv: Sequence[str] | None = None) -> int:
         if args.show or args.show_dir:
             apply_show(cfg, args.show, args.show_dir, args.wait_time)
         set_dataloader_defaults(cfg)
-        runner = build_runner(cfg, [], phase)
+        runner = build_runner(cfg, [])
         check_annotations(runner, ['test'])
         runner.test()
         tear_down_processes()

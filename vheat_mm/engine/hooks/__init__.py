@@ -9,7 +9,6 @@
 - :class:`SkipBrokenSamplesHook`: images and annotations that cannot be loaded are skipped and logged.
 - :class:`UnusedParametersHook`: outputs that no head reads do not end a distributed training.
 - :class:`WritePredictionsHook`: predictions of a test as images and label maps; of ``tools/test.py``.
-- :class:`SetupEndHook`: records that set-up is over.
 - :class:`CompileBackboneHook`: ``torch.compile`` for the backbone only; for a config's ``custom_hooks``.
 """
 
@@ -19,7 +18,6 @@ from vheat_mm.engine.hooks.checkpoint_check_hook import CheckpointCheckHook
 from vheat_mm.engine.hooks.compile_backbone_hook import CompileBackboneHook
 from vheat_mm.engine.hooks.non_finite_guard_hook import NonFiniteGuardHook
 from vheat_mm.engine.hooks.reproducible_hook import ReproducibleHook
-from vheat_mm.engine.hooks.setup_end_hook import SetupEndHook
 from vheat_mm.engine.hooks.skip_broken_samples_hook import SkipBrokenSamplesHook
 from vheat_mm.engine.hooks.stop_signal_hook import StopSignalHook
 from vheat_mm.engine.hooks.unused_parameters_hook import UnusedParametersHook
@@ -35,7 +33,6 @@ __all__ = [
     'NonFiniteError',
     'NonFiniteGuardHook',
     'ReproducibleHook',
-    'SetupEndHook',
     'SkipBrokenSamplesHook',
     'StopRequested',
     'StopSignalHook',

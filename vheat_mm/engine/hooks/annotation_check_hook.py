@@ -143,7 +143,7 @@ class AnnotationCheckHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Check the bands and labels of a batch, before it goes to the model's device."""
-        check_bands(data_batch, unwrap(runner.model))
+        check_bands(data_batch, count_bands(unwrap(runner.model)))
         check_batch(data_batch, class_heads(unwrap(runner.model)))
 
     def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
@@ -202,17 +202,23 @@ def check_classes(dataset: Any, heads: dict[str, Head], runner: Runner) -> None:
                 runner.logger.warning(f'{message}: the last {head.num_classes - len(classes)} logits are unused')
 
 
-def check_bands(data_batch: Any, model: nn.Module) -> None:
-    """Compare the bands of a batch's images, (bands, height, width), with the ``mean`` that is subtracted from them.
+def count_bands(model: nn.Module) -> int:
+    """Number of bands of the ``mean`` that the libraries' preprocessors subtract from images; 1 where there is none."""
+    preprocessor: Any = getattr(model, 'data_preprocessor', None)
+    mean = getattr(preprocessor, 'mean', None)
+    return len(mean) if isinstance(mean, Tensor) and type(preprocessor).__module__.startswith('mm') else 1
+
+
+def check_bands(data_batch: Any, expected: int) -> None:
+    """Compare the bands of a batch's images, (bands, height, width), with those of the mean.
 
     Raises:
         AnnotationError: An image has another number, and neither is one, which fits any.
     """
-    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
-    if not isinstance(data_batch, Mapping) or not isinstance(mean, Tensor):
+    if not isinstance(data_batch, Mapping):
         return
     for image, sample in zip(data_batch.get('inputs', ()), data_batch.get('data_samples', ()), strict=False):
-        found, expected = (len(image) if isinstance(image, Tensor) and image.dim() == 3 else 1), len(mean)
+        found = len(image) if isinstance(image, Tensor) and image.dim() == 3 else 1
         if found != expected and 1 not in (found, expected):
             raise AnnotationError(
                 f'{path_in(sample)}: {found} bands, model.data_preprocessor.mean has {expected} numbers; '

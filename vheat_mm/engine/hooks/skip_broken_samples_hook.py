@@ -13,7 +13,14 @@ from mmengine.runner import Runner
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vheat_mm.engine.hooks.annotation_check_hook import Head, check_batch, class_heads, read_labels
+from vheat_mm.engine.hooks.annotation_check_hook import (
+    Head,
+    check_bands,
+    check_batch,
+    class_heads,
+    count_bands,
+    read_labels,
+)
 from vheat_mm.engine.runner.data_loading import Ledger, NamingFetch, SkippingFetch, set_fetch, train_loader
 from vheat_mm.utils.dist import unwrap
 from vheat_mm.utils.errors import AnnotationError, BrokenSampleError
@@ -21,7 +28,7 @@ from vheat_mm.utils.errors import AnnotationError, BrokenSampleError
 
 @HOOKS.register_module()
 class SkipBrokenSamplesHook(Hook):
-    """Leave out samples that cannot be loaded, or whose labels the model cannot learn, with a line in the log.
+    """Leave out samples that cannot be loaded, or that do not fit the model, with a line in the log.
 
     Another sample, drawn at random, takes its place, so that batches keep their size. Without this hook, one corrupt
     file or one label out of range ends the run at the iteration that draws it. In validation and testing no sample is
@@ -77,29 +84,23 @@ def _name_samples(loader: DataLoader, runner: Runner) -> None:
 
 
 def _check_for(runner: Runner) -> Callable[[Any], None]:
-    model: Any = unwrap(runner.model)
-    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
-    return partial(check_sample, class_heads(model), len(mean) if isinstance(mean, Tensor) else None)
+    model = unwrap(runner.model)
+    return partial(check_sample, class_heads(model), count_bands(model))
 
 
-def check_sample(heads: dict[str, Head], bands: int | None, sample: Any) -> None:
-    """Check a loaded sample's labels and image.
+def check_sample(heads: dict[str, Head], bands: int, sample: Any) -> None:
+    """Check a loaded sample's labels and the number of bands of its image.
 
     Raises:
         AnnotationError: A label lies outside of what its head knows; the label map has another size than the image; the
-            image has another number of bands than ``data_preprocessor.mean`` (one band is repeated).
+            image has another number of bands than the mean.
     """
     data_sample = sample.get('data_samples') if isinstance(sample, Mapping) else None
-    if data_sample is None:
-        return
-    check_batch(dict(data_samples=[data_sample]), heads)
-    image = sample.get('inputs')
-    check_map_size(image, data_sample)
-    if isinstance(image, Tensor) and image.ndim == 3 and bands not in (None, 1) and len(image) not in (1, bands):
-        raise AnnotationError(
-            f'{data_sample.metainfo.get("img_path")}: {len(image)} bands, but model.data_preprocessor.mean has {bands} '
-            'values; set mean, std and in_channels of the backbone to suit, or color_type of LoadImageFromFile'
-        )
+    if data_sample is not None:
+        image = sample.get('inputs')
+        check_bands(dict(inputs=[image], data_samples=[data_sample]), bands)
+        check_batch(dict(data_samples=[data_sample]), heads)
+        check_map_size(image, data_sample)
 
 
 def check_map_size(image: Any, data_sample: Any) -> None:

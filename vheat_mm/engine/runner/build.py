@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -22,8 +21,8 @@ FAULT_TOLERANCE_HOOKS = (
 )
 
 
-def build_runner(cfg: Config, notes: list[str], hook: Hook) -> Runner:
-    """Join the other processes, build the runner with the check hooks and ``hook``, and log ``notes``.
+def build_runner(cfg: Config, notes: list[str]) -> Runner:
+    """Join the other processes, build the runner with the check hooks, and log ``notes``.
 
     Raises:
         ToolError: See :func:`~vheat_mm.engine.runner.distributed.set_up_processes`; ``FSDPStrategy`` of MMEngine.
@@ -33,7 +32,6 @@ def build_runner(cfg: Config, notes: list[str], hook: Hook) -> Runner:
         add_hook(cfg, 'CheckpointCheckHook')
     add_hook(cfg, 'AnnotationCheckHook')
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    runner.register_hook(hook)
     for note in notes:
         runner.logger.info(note)
     return runner
