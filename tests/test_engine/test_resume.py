@@ -29,7 +29,8 @@ def scores(monkeypatch):
     def score(metric, results):
         assert state['iteration'] != state['killed'], 'killed'
         state['validations'] += 1
-        return dict(score=SCORES[state['iteration'] // 4 - 1])
+        found = SCORES[state['iteration'] // 4 - 1]
+        return dict(score=found, other=-found)
 
     def note(hook, runner):
         state['iteration'] = runner.iter
@@ -140,6 +141,15 @@ def test_changed_settings(tmp_path, interrupted, name):
     assert len(RecordBatches.batches) == batches
     (log,) = tmp_path.glob('*/*.log')
     assert len([line for line in log.read_text().splitlines() if message in line]) == 1
+
+
+def test_another_best_score(tmp_path, scores, capfd):
+    """It is not compared with the best of the score before."""
+    options = dict(hooks=ALL_HOOKS, validate=1, change=lambda settings: settings.update(log_level='WARNING'))
+    train(tmp_path, True, 0, 2, **options, checkpoint=BEST)
+    train(tmp_path, True, 0, 3, **options, checkpoint=BEST | dict(save_best='other'), resume=True)
+    assert {path.name for path in tmp_path.glob('best*')} == {'best_score_epoch_2.pth', 'best_other_epoch_3.pth'}
+    assert capfd.readouterr().out.count('save_best score -> other: the best checkpoint is chosen anew') == 1
 
 
 def test_another_number_of_processes(tmp_path, interrupted, capfd):

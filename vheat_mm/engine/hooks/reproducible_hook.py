@@ -75,15 +75,20 @@ class ReproducibleHook(Hook):
         if runner._resume:
             self._resumed_meta = meta = checkpoint.get('meta', {})
             self._resumed_gradients = checkpoint.get(GRADIENTS, {})
-            self._settings, path = run_settings(runner), str(runner._load_from)
-            old = meta.get(SETTINGS, self._settings)  # an earlier version stored none
+            self._settings = new = run_settings(runner)
+            path = str(runner._load_from)
+            old = meta.get(SETTINGS, new)  # an earlier version stored none
             own = getattr(runner.train_loop.dataloader.dataset, 'metainfo', None)
             if repr(to_plain(own)) == repr(meta.get('dataset_meta')):
                 meta['dataset_meta'] = own  # MMEngine warns if it is of other types
             try:
-                for line in compare_settings(old, self._settings, meta, path):
+                for line in compare_settings(old, new, meta, path):
                     runner.logger.warning(f'changed since the checkpoint: {line}')
-                self._start = batches_done(meta.get(BATCHES_DONE, 0), old, self._settings)
+                if old.get('save_best', new['save_best']) != new['save_best']:
+                    info = checkpoint['message_hub']['runtime_info']
+                    for key in [key for key in info if key.startswith(('best_score', 'best_ckpt'))]:
+                        del info[key]
+                self._start = batches_done(meta.get(BATCHES_DONE, 0), old, new)
                 _restore_early_stopping(runner, meta.get(EARLY))
             except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
                 raise CheckpointError(

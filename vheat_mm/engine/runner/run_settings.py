@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmengine.dist import get_world_size
-from mmengine.hooks import EMAHook
+from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import IterBasedTrainLoop, Runner
 
@@ -19,6 +19,7 @@ _NOTES = {
     'number of processes': _POSITION,
     'accumulative_counts': 'the number of samples in an optimizer step changes from here on',
     'parameter schedulers': 'the learning rate stays at its value in the checkpoint',
+    'save_best': 'the best checkpoint is chosen anew, without those before',
 }
 _REFUSED = {
     'kind of loop': 'its epochs and iterations would be counted in another way',
@@ -46,6 +47,7 @@ def run_settings(runner: Runner) -> dict[str, Any]:
         'number of samples': len(loader.dataset) if hasattr(loader.dataset, '__len__') else None,
         'number of processes': get_world_size(),
         'accumulative_counts': [getattr(each, '_accumulative_counts', 1) for each in wrappers.values()],
+        'save_best': [hook.save_best for hook in runner.hooks if isinstance(hook, CheckpointHook)],
         'EMAHook': any(isinstance(hook, EMAHook) for hook in runner.hooks),
         'optimizer': [type(getattr(each, 'optimizer', each)).__name__ for each in wrappers.values()],
         'parameter groups': [[len(group['params']) for group in each.param_groups] for each in wrappers.values()],
