@@ -101,6 +101,9 @@ CHANGES = {
     'batch size': (
         lambda settings: settings['train_dataloader'].update(batch_size=4), 'batch_size 2 -> 4: training continues', 3
     ),
+    'order': (
+        lambda settings: settings['train_dataloader']['sampler'].update(shuffle=False), '(shuffle=True) -> Default', 6
+    ),
     'accumulation': (
         lambda settings: settings['optim_wrapper'].update(accumulative_counts=3), 'accumulative_counts 1 -> 3:', 6
     ),
