@@ -306,10 +306,10 @@ def test_hooks_are_added_once():
 
 # What is called, and at which call the process is killed.
 MOMENTS = {
-    'before the flush': (os, 'fsync', 13),
-    'before the rename': (Path, 'replace', 7),
-    'between checkpoint and last_checkpoint': (Path, 'replace', 8),
-    'between the first checkpoint and run.json': (Path, 'replace', 4),
+    'before the flush': (os, 'fsync', 9),
+    'before the rename': (Path, 'replace', 5),
+    'between checkpoint and last_checkpoint': (Path, 'replace', 6),
+    'between the first checkpoint and run.json': (Path, 'replace', 3),
     'before the old one is removed': (atomic_checkpoint_hook, '_remove', 1),
 }
 

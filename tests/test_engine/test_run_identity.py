@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.fileio import FileClient, LocalBackend, register_backend
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.registry import HOOKS
@@ -115,6 +116,30 @@ def test_abandoned_later_checkpoints(run):
     assert run_id(run / 'epoch_2.pth') != run_id(run / 'epoch_3.pth')
 
 
+def test_a_run_falls_back_to_the_checkpoint_that_it_began_from(run, tmp_path, capfd):
+    """In another folder, before its first save and if its own checkpoints are corrupt; nothing of that is warned of."""
+    options, start = ATOMIC | dict(save_best='score', rule='greater'), run / 'epoch_2.pth'
+    change(start, best_ckpt=str(run / 'best_score_epoch_1.pth'), best_score=0.0)
+    log = dict(change=lambda settings: settings.update(log_level='WARNING'), hooks=('StopAtOnce',))
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / 'new', True, 0, 3, checkpoint=options, validate=9, resume=str(start), **log)
+    assert 'epoch_' not in ''.join(line for line in capfd.readouterr().out.splitlines() if 'WARNING' in line)
+    assert len(train(tmp_path / 'new', True, 0, 3, checkpoint=ATOMIC, resume=True)[1]) == 4
+    (tmp_path / 'new' / 'epoch_3.pth').write_bytes(b'PK')
+    path, notes = find_newest(tmp_path / 'new')
+    assert path == str(start)
+    assert ['epoch_3.pth' in note for note in notes] == [True]
+    (tmp_path / 'new' / 'epoch_3.pth').unlink()
+    change(start, dict(iter=7))  # it is not the same file any more
+    with pytest.raises(CheckpointError, match='saved checkpoints there'):
+        find_newest(tmp_path / 'new')
+
+
+def test_a_renamed_checkpoint_of_the_run_counts(run):
+    (run / 'epoch_3.pth').rename(run / 'good.pth')
+    assert newest(run)[0] == 'good.pth'
+
+
 def test_from_its_own_newest_by_name_the_run_goes_on(run):
     train(run, True, 0, 4, checkpoint=ATOMIC, resume=str(run / 'epoch_3.pth'))
     assert run_id(run / 'epoch_4.pth') == run_id(run / 'epoch_3.pth')
@@ -130,7 +155,9 @@ def test_a_start_that_saved_nothing_does_not_hide_the_run(run):
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             train(run, True, 0, 3, checkpoint=ATOMIC, hooks=('StopAtOnce',))
-    assert newest(run)[0] == 'epoch_3.pth'
+    name, notes = newest(run)
+    assert name == 'epoch_3.pth'
+    assert 'has saved nothing' in notes
 
 
 def test_folders_without_run_json(run, tmp_path):
@@ -165,10 +192,54 @@ def test_other_names_and_another_folder(tmp_path):
     assert len(train(tmp_path / 'run', True, 0, 3, checkpoint=options, resume=True)[1]) == 8
 
 
+class Storage(LocalBackend):
+    """A remote storage; the folder is that of ``Storage.root``."""
+
+    root = Path()
+
+    def _local(self, path):
+        return str(path).replace('storage:/', str(self.root))
+
+    def get(self, filepath):
+        return super().get(self._local(filepath))
+
+    def put(self, obj, filepath):
+        super().put(obj, self._local(filepath))
+
+    def isfile(self, filepath):
+        return super().isfile(self._local(filepath))
+
+    def remove(self, filepath):
+        super().remove(self._local(filepath))
+
+
+register_backend('storage', Storage, prefixes='storage')
+FileClient.register_backend('storage', Storage, prefixes='storage')  # MMEngine's hook asks it, too
+
+
+@CheckpointLoader.register_scheme(prefixes='storage:/')
+def load_from_storage(filename, map_location=None):
+    return read_checkpoint(Storage()._local(filename))
+
+
+def test_a_remote_folder(run, tmp_path, monkeypatch):
+    """The run goes on from the file that ``last_checkpoint`` names, and removes what it wrote before."""
+    monkeypatch.setattr(Storage, 'root', tmp_path)
+    options = ATOMIC | dict(out_dir='storage://store', max_keep_ckpts=1)
+    for length in (2, 3):
+        assert len(train(tmp_path / 'work', True, 0, length, checkpoint=options, resume=True)[1]) == 16 - 4 * length
+        assert [path.name for path in (tmp_path / 'store').rglob('*.pth')] == [f'epoch_{length}.pth']
+    shutil.copy(run / 'epoch_1.pth', tmp_path / 'store' / 'work')
+    other = 'storage://store/work/epoch_1.pth'
+    train(tmp_path / 'work', True, 0, 3, checkpoint=options, resume=other)
+    names = sorted(path.name for path in (tmp_path / 'store').rglob('*.pth'))
+    assert names == ['epoch_1.pth', 'epoch_3.pth']
+
+
 def test_all_checkpoints_gone(run, tmp_path):
     for path in run.glob('*.pth'):
         path.unlink()
-    with pytest.raises(CheckpointError, match=r'none of them is there any more.*--resume PATH'):
+    with pytest.raises(CheckpointError, match=r'no checkpoint .* saved checkpoints there.*--resume PATH'):
         find_newest(run)
     (tmp_path / 'moved').mkdir()
     (tmp_path / 'moved' / 'last_checkpoint').write_text('/scratch/epoch_3.pth')
@@ -271,6 +342,31 @@ def test_paths_in_a_checkpoint_are_not_believed(run, tmp_path):
     names = sorted(path.name for path in (tmp_path / 'mine').glob('*.pth'))
     assert names == ['best_score_epoch_4.pth', 'epoch_4.pth', 'epoch_8.pth']
     assert (tmp_path / 'thesis').is_dir()
+
+
+@pytest.mark.parametrize(
+    ('place', 'value'),
+    [
+        ('meta.iter', -1),
+        ('meta.epoch', '2'),
+        ('meta.seed', 1 << 70),
+        ('message_hub', []),
+        ('param_schedulers.0.step', 3),
+        ('param_schedulers.0.last_step', 'x'),
+        ('param_schedulers', {'a': []}),
+        ('optimizer.param_groups.0.lr', 'fast'),
+        ('optimizer.state.0.exp_avg', torch.zeros(5)),
+    ],
+)
+def test_training_state_of_wrong_types(run, place, value):
+    part = checkpoint = read_checkpoint(run / 'epoch_3.pth')
+    *way, last = place.split('.')
+    for key in way:
+        part = part[int(key) if key.isdigit() else key]
+    part[last] = value
+    torch.save(checkpoint, run / 'odd.pth')
+    with pytest.raises(CheckpointError, match=rf'cannot resume from .*odd.pth.*{last}'):
+        train(run, True, 0, 4, checkpoint=ATOMIC, resume=str(run / 'odd.pth'))
 
 
 CODE = 'from os import system\nmodel = system("exit 1")'

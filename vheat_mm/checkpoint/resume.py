@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -12,14 +14,14 @@ from typing import Any
 import torch
 
 from vheat_mm.checkpoint.io import read_checkpoint
-from vheat_mm.checkpoint.run_folder import LAST, RunRecord, is_run_id, not_readable, read_record, read_small
+from vheat_mm.checkpoint.run_folder import LAST, RunRecord, is_run_id, read_record, read_small
 from vheat_mm.checkpoint.safe_globals import register_safe_globals
 from vheat_mm.checkpoint.verify import check_content, open_file, verify_file
 from vheat_mm.utils.errors import CheckpointError
 
 INTERRUPTED = 'interrupted.pth'  # one name, so that repeated interruptions do not fill the disk
 RUN_ID = 'vheat_run_id'  # in a checkpoint's meta
-_STATE = {'meta', 'state_dict', 'message_hub'}
+NO_STATE = 'it holds no usable training state (message_hub, and iter, epoch, seed in meta)'
 _NAMES = rf'(epoch|iter)_\d+\.(pth|pt|ckpt)|{re.escape(INTERRUPTED)}'
 _UNUSABLE = 'restore an intact copy, name another one with --resume PATH, or move {} away to start from scratch'
 
@@ -32,13 +34,17 @@ class Candidate:
     """
 
     name: str
-    run_id: str | None
-    iteration: int
-    epoch: int
+    run_id: str | None = None
+    iteration: int = -1
+    epoch: int = -1
     seed: int | None = None
 
     def __str__(self) -> str:
         return f'{self.name} (epoch {self.epoch}, iteration {self.iteration}, run {self.run_id or "unknown"})'
+
+    def as_origin(self) -> list:
+        """What ``run.json`` of a run that begins here keeps."""
+        return [self.name, self.run_id, self.iteration]
 
 
 def find_newest(
@@ -47,7 +53,7 @@ def find_newest(
     """Find the newest checkpoint that training can resume from.
 
     MMEngine trusts the path in the file ``last_checkpoint``, whatever it is. Here only files of the folder count that
-    are named as checkpoints and bear the id of its run, the highest iteration first. Times and clocks do not matter.
+    bear the id of its run, the highest iteration first. Times and clocks do not matter.
 
     Args:
         work_dir: Folder of the run.
@@ -60,9 +66,8 @@ def find_newest(
     Raises:
         CheckpointError: Every checkpoint of the run is corrupt or gone; or they are of several unknown runs.
     """
-    work_dir = Path(work_dir)
-    record, notes = read_record(work_dir)
-    scan = Scan(work_dir, Path(folder or work_dir), template)
+    record, notes = read_record(Path(work_dir))
+    scan = Scan(Path(work_dir), Path(folder or work_dir), template)
     found, more = scan.choose(record)
     return (None if found is None else str(scan.folder / found.name)), notes + more
 
@@ -85,59 +90,58 @@ class Scan:
     """
 
     def __init__(self, work_dir: Path, folder: Path, template: str | None) -> None:
-        self.work_dir, self.folder = work_dir, folder
-        self.candidates: list[Candidate] = []
-        self.corrupt: dict[str, str] = {}
-        self.notes: list[str] = []
+        self.folder, self.candidates, self.corrupt, self.notes = (
+            folder,
+            list[Candidate](),
+            dict[str, str](),
+            list[str](),
+        )
         pattern = names_of(template)
-        below = re.sub(r'\{[^}]*\}', '*', template or '') if '/' in (template or '') else '*'
-        paths = {*folder.glob('*'), *folder.glob(below)} if folder.is_dir() else set()
-        names = {name for path in paths if pattern.fullmatch(name := path.relative_to(folder).as_posix())}
-        self.pointed, self.pointer_lost = self._pointer(names, pattern)
-        for name in sorted({*names, *([self.pointed] if self.pointed else [])}):
+        below = re.sub(r'\{[^}]*\}', '*', template or '*') if folder.is_dir() else '*'
+        names = {path.relative_to(folder).as_posix() for path in (*folder.glob('*'), *folder.glob(below))}
+        names = {name for name in names if pattern.fullmatch(name) or re.fullmatch(r'(?!best_|\.).*\.pth', name)}
+        self.pointed, self.lost = self._pointer(work_dir / LAST, names, pattern)
+        for name in sorted(names | ({self.pointed} if self.pointed else set())):
+            usual = pattern.fullmatch(name) is not None or name == self.pointed
             if (folder / name).is_dir():  # DeepSpeed's format, which only its own loader reads
                 continue
-            if reason := not_readable(folder, name):
-                self.notes.append(f'{name} is not used: {reason}')
+            if not is_own_file(folder, name):
+                self.notes.append(f'{name} is not used: it is no regular file, or a link that leaves the folder')
                 continue
             try:
                 candidate = read_place(folder / name, name)
             except CheckpointError as error:
-                self.corrupt[name] = str(error)
+                if usual:
+                    self.corrupt[name] = str(error)
                 continue
-            if candidate is not None:
+            if candidate is not None and (usual or candidate.run_id is not None):
                 self.candidates.append(candidate)
 
-    def _pointer(self, names: set[str], pattern: re.Pattern) -> tuple[str | None, bool]:
+    def _pointer(self, path: Path, names: set[str], pattern: re.Pattern) -> tuple[str | None, bool]:
         """The name in ``last_checkpoint`` if such a file is in the folder; whether it names one that is gone."""
-        path = self.work_dir / LAST
-        content = read_small(path)
-        if content is None:
-            if os.path.lexists(path):
-                self.notes.append(f'{LAST} is not used: it is not a small regular file')
+        if not os.path.lexists(path):
             return None, False
-        text = os.fsdecode(content).rstrip('\n')
-        matches = [name for name in names if text == name or text.endswith(f'/{name}')]
+        text = os.fsdecode(read_small(path) or b'').rstrip('\n')
+        last = text.rsplit('/', 1)[-1]
+        if '\0' not in text and not last.startswith('.') and last and os.path.lexists(self.folder / last):
+            names = names | {last}
+        matches = [name for name in names if f'/{text}'.endswith(f'/{name}')]
         if matches:
             return max(matches, key=len), False
-        name = text.rsplit('/', 1)[-1]
-        usual = len(os.fsencode(name)) < 256 and '\0' not in name and not name.startswith('.') and name != ''
-        if usual and os.path.lexists(self.folder / name):
-            return name, False
-        shown = text if len(text) < 200 else f'{text[:100]}...'
-        self.notes.append(f'{LAST} is not used: {shown!r} names no file of {str(self.folder)!r}')
-        return None, usual and pattern.fullmatch(name) is not None
+        self.notes.append(f'{LAST} is not used: {text[:200]!r} names no file of {str(self.folder)!r}')
+        return None, pattern.fullmatch(last) is not None
 
     def choose(self, record: RunRecord | None) -> tuple[Candidate | None, list[str]]:
         """The newest intact checkpoint of the run, and lines for the log. Raises CheckpointError; see find_newest."""
         folder, notes = str(self.folder), list(self.notes)
-        ours = self.pointed if record is None or self.pointed in record.names else None
-        if ours is not None and (self.folder / ours).is_dir():
-            return Candidate(ours, None, -1, -1), notes
-        accepted = self.accepted(record)
+        if self.pointed is not None and (self.folder / self.pointed).is_dir():
+            return Candidate(self.pointed), notes
+        accepted = self._accepted(record)
         if foreign := [str(candidate) for candidate in self.candidates if candidate not in accepted]:
             notes.append(f'checkpoints of other runs are passed over: {", ".join(foreign)}')
-        for candidate in self._in_order(accepted):
+        if record is not None and record.before is not None and accepted and accepted[0].run_id == record.before:
+            notes.append(f'run {record.id} has saved nothing: run {record.before}, from before, goes on')
+        for candidate in (*sorted(accepted, key=self._order, reverse=True), *self._origin(record)):
             try:
                 verify_file(self.folder / candidate.name)
             except CheckpointError as error:
@@ -149,68 +153,64 @@ class Scan:
                 f'no intact checkpoint to resume from in {folder!r}: {"; ".join(self.corrupt.values())}. '
                 f'{_UNUSABLE.format("these files").capitalize()}'
             )
-        if record is not None and record.saved:
+        origin = record.origin[0] if record is not None and record.origin else None
+        if record is not None and (record.saved or origin):
+            what = 'saved checkpoints there' if record.saved else f'began from {origin!r}'
             raise CheckpointError(
-                f'run {record.id} has saved checkpoints in {folder!r}, and none of them is there any more: '
+                f'no checkpoint to resume from in {folder!r}, but run {record.id} {what}: '
                 f'{_UNUSABLE.format("run.json")}'
             )
-        if self.pointer_lost and not self.candidates:
+        if self.lost and not self.candidates:
             raise CheckpointError(
                 f'{self.notes[-1]}, and there is no other checkpoint: restore it, name another with --resume PATH, or '
                 f'remove {LAST} to start from scratch'
             )
         return None, notes
 
-    def of_run(self, run_id: str) -> list[Candidate]:
+    def of_run(self, run_id: str | None) -> list[Candidate]:
         """Checkpoints with that id."""
         return [candidate for candidate in self.candidates if candidate.run_id == run_id]
 
-    def accepted(self, record: RunRecord | None) -> list[Candidate]:
+    def _accepted(self, record: RunRecord | None) -> list[Candidate]:
         """The checkpoints of this folder's run. Raises CheckpointError if that run is unknown."""
-        without = [c for c in self.candidates if c.run_id is None and (record is None or c.name in record.names)]
         if record is not None:
-            for run_id in (record.id, *([] if record.saved else [record.before])):
-                if run_id is not None and ((own := self.of_run(run_id)) or record.saved or run_id == record.before):
-                    return own + without
-        ids = {candidate.run_id for candidate in self.candidates} - {None}
-        if len(ids) > 1:
+            own = self.of_run(record.id)
+            if own or record.saved or record.origin:
+                return own
+            if record.before is not None:
+                return self.of_run(record.before)
+        if len({candidate.run_id for candidate in self.candidates} - {None}) > 1:
             raise CheckpointError(
                 f'{str(self.folder)!r} holds checkpoints of several runs: {", ".join(map(str, self.candidates))}; '
                 'name the one to continue with --resume PATH'
             )
         return list(self.candidates)
 
-    def _in_order(self, candidates: list[Candidate]) -> list[Candidate]:
-        """The newest first. Without ids, those later than ``last_checkpoint`` may be from before a return to it."""
-        last = [c for c in candidates if c.name == self.pointed]
+    def _order(self, candidate: Candidate) -> tuple:
+        """Without ids, those later than ``last_checkpoint`` may be from before a return to it."""
+        last = candidate.name == self.pointed
+        return (last and candidate.run_id is None, candidate.iteration, candidate.epoch, last)
 
-        def key(candidate: Candidate) -> tuple:
-            place = (candidate.iteration, candidate.epoch)
-            if candidate.run_id is not None:
-                return (2, *place, candidate in last)
-            return (candidate in last or not last or place < (last[0].iteration, last[0].epoch), *place)
+    def _origin(self, record: RunRecord | None) -> Iterator[Candidate]:
+        """The checkpoint that the run began from, if it is still that one."""
+        if record is not None and record.origin is not None:
+            with contextlib.suppress(CheckpointError):
+                place = read_place(self.folder / record.origin[0], record.origin[0])
+                if place is not None and place.as_origin() == record.origin:
+                    yield place
 
-        return sorted(candidates, key=key, reverse=True)
+
+def is_own_file(folder: Path, name: str) -> bool:
+    """Whether a name means a regular file of the folder, not a pipe or a device, nor a link to a file elsewhere."""
+    try:
+        path = (folder / name).resolve(strict=True)
+        return path.is_file() and path.is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: a link to itself, before Python 3.13
+        return False
 
 
 def read_place(path: str | Path, name: str) -> Candidate | None:
     """Where a checkpoint stands in its training; ``None`` for a file without training state.
-
-    Raises:
-        CheckpointError: See :func:`peek`.
-    """
-    checkpoint = peek(path)
-    meta = checkpoint.get('meta')
-    if not checkpoint.keys() >= _STATE or not isinstance(meta, dict):
-        return None
-    iteration, epoch, run_id, seed = (meta.get(key) for key in ('iter', 'epoch', RUN_ID, 'seed'))
-    if type(iteration) is not int or type(epoch) is not int:
-        return None
-    return Candidate(name, run_id if is_run_id(run_id) else None, iteration, epoch, seed if type(seed) is int else None)
-
-
-def peek(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint with its tensors memory-mapped, so that their bytes are not read.
 
     Raises:
         CheckpointError: As :func:`~vheat_mm.checkpoint.read_checkpoint`, but wrong checksums are not noticed.
@@ -219,7 +219,22 @@ def peek(path: str | Path) -> dict[str, Any]:
     try:
         with open_file(str(path)) as stream:
             check_content(stream, str(path), checksums=False)
+            # Memory-mapped, so that the bytes of tensors are not read.
             checkpoint = torch.load(stream.name, map_location='cpu', weights_only=True, mmap=True)
     except Exception:  # corrupt, or in the format that cannot be mapped: read_checkpoint reports or reads it
         checkpoint = read_checkpoint(path)
-    return checkpoint if isinstance(checkpoint, dict) else {}
+    return place_of(checkpoint, name)
+
+
+def place_of(checkpoint: Any, name: str) -> Candidate | None:
+    """:func:`read_place` of what was read."""
+    if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
+        return None
+    meta, hub = checkpoint.get('meta'), checkpoint.get('message_hub')
+    if not isinstance(meta, dict) or not isinstance(hub, dict):
+        return None
+    run_id, seed = meta.get(RUN_ID), meta.get('seed')
+    numbers: list[Any] = [meta.get('iter'), meta.get('epoch'), 0 if seed is None else seed]
+    if any(type(each) is not int or not 0 <= each < 1 << 32 for each in numbers):
+        return None
+    return Candidate(name, run_id if is_run_id(run_id) else None, numbers[0], numbers[1], seed)

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-import re
 import socket
 from pathlib import Path
+from typing import Any
 
-from mmengine.dist import all_gather_object, broadcast_object_list, get_world_size, is_main_process
+from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
 
-from vheat_mm.checkpoint.resume import Candidate, Scan, names_of, read_place
-from vheat_mm.checkpoint.run_folder import (
-    LAST,
-    RunRecord,
-    is_inside,
-    lock,
-    not_readable,
-    read_record,
-    read_small,
-    release,
-    stale_parts,
-)
+from vheat_mm.checkpoint.resume import NO_STATE, Candidate, Scan, is_own_file, names_of, read_place
+from vheat_mm.checkpoint.run_folder import LAST, RunRecord, lock, read_record, read_small, release, remove_parts
 from vheat_mm.utils.errors import CheckpointError, ToolError
 
 LAUNCH = 'VHEAT_LAUNCH_ID'  # drawn by tools/dist_run.py; restarted processes have that of the first ones
@@ -30,29 +19,9 @@ _SECONDS_TO_END = 30  # how long a restarted process waits for the end of the on
 
 
 def lock_work_dir(work_dir: str | Path) -> list[str]:
-    """Lock a work dir before anything is written into it; arguments and errors as :func:`run_folder.lock`."""
+    """Lock a work dir before anything is written into it; returns and errors as :func:`run_folder.lock`."""
     record, _ = read_record(Path(work_dir))
-    again = record is not None and _restarted() and _launch_id() in record.launches
-    return lock(Path(work_dir), record.id if record else None, _SECONDS_TO_END if again else 0)
-
-
-@dataclasses.dataclass
-class Start:
-    """How a training begins.
-
-    Attributes:
-        record: Its run.
-        path: The checkpoint to resume from.
-        place: What that checkpoint says about itself.
-        notes: Lines for the log.
-        error: Why it cannot begin.
-    """
-
-    record: RunRecord = dataclasses.field(default_factory=RunRecord)
-    path: str | None = None
-    place: Candidate | None = None
-    notes: list[str] = dataclasses.field(default_factory=list)
-    error: Exception | None = None
+    return lock(Path(work_dir), _SECONDS_TO_END if _is_restart(record, [_launch_id()]) else 0)
 
 
 class Run:
@@ -70,9 +39,9 @@ class Run:
         self.record = RunRecord()
         self.started = False
 
-    # --- the start
-
-    def begin(self, resume: bool, path: str | None, loaded: bool = False) -> Start:
+    def begin(
+        self, resume: bool, path: str | None, loaded: bool = False
+    ) -> tuple[str | None, Candidate | None, list[str]]:
         """Begin a training, in all processes together.
 
         Args:
@@ -80,187 +49,141 @@ class Run:
             path: From this checkpoint; ``None`` for the run's newest one.
             loaded: Nothing can be resumed any more, the runner has loaded a checkpoint.
 
+        Returns:
+            The checkpoint to resume from; what it says about itself, unless it is remote; and lines for the log.
+
         Raises:
             ToolError: Another process trains in this folder.
             CheckpointError: There is no checkpoint to resume from where there must be one; processes see different
                 files.
         """
-        launches = sorted({launch for launch in all_gather_object(_launch_id()) if launch})
-        starts = [Start()]
+        launches = all_gather_object(_launch_id())
+        chosen: list[Any] = [None]
         if is_main_process():
             try:
-                starts = [self._begin(resume, path, launches, loaded)]
+                chosen = [self._begin(resume, path, launches, loaded)]
             except (CheckpointError, ToolError, OSError) as error:
-                starts = [Start(error=error)]
-        broadcast_object_list(starts)
-        start = starts[0]
-        if start.error is not None:
-            raise start.error
-        if start.path is None and start.place is not None:
-            start.path = self.join(start.place.name)  # each machine reads its own work dir
-        self._compare(start)
-        self.record, self.started = start.record, True
-        return start
+                chosen = [error]
+        broadcast_object_list(chosen)
+        if isinstance(chosen[0], Exception):
+            raise chosen[0]
+        self.record, path, place, notes = chosen[0]
+        if place is not None:
+            path = path or self.join(place.name)  # each machine reads its own work dir
+        if path is not None and '://' not in path:
+            self._compare(path)
+        self.started = True
+        return path, place, notes
 
-    def _begin(self, resume: bool, path: str | None, launches: list[str], loaded: bool) -> Start:
+    def _begin(
+        self, resume: bool, path: str | None, launches: list[str | None], loaded: bool
+    ) -> tuple[RunRecord, str | None, Candidate | None, list[str]]:
         record, notes = read_record(self.work_dir)
-        again = record is not None and not loaded and _restarted() and bool(set(launches) & set(record.launches))
-        notes += self.lock(record.id if record else None, _SECONDS_TO_END if again else 0)
+        restart = record if not loaded and _is_restart(record, launches) else None
+        for folder in self._folders():
+            notes += lock(folder, _SECONDS_TO_END if restart else 0)
         scan = Scan(self.work_dir, Path(self.folder), self.template)
-        if again and record is not None:
-            if record.saved or scan.of_run(record.id):
-                resume, path = True, None
-            else:
-                how = f'from {path}' if resume and path else 'from the newest checkpoint' if resume else 'anew'
-                notes.append(f'restarted before the first checkpoint: this training begins as the first time, {how}')
-        place = chosen = None
+        if restart and (restart.saved or scan.of_run(restart.id)):
+            resume, path = True, None
+        elif restart:
+            how = f'from {path}' if resume and path else 'from the newest checkpoint' if resume else 'anew'
+            notes.append(f'restarted before the first checkpoint: this training begins as the first time, {how}')
+        place, new = None, (record or RunRecord()).next_run()
         if resume and path is not None:
-            chosen, place = self._newest(scan, record, path), read_place(path, path)
-            if place is None:
-                raise CheckpointError(
-                    f'cannot resume from {path!r}: it holds weights but no training state; to start a new training '
-                    'from these weights, drop --resume and pass --cfg-options load_from=PATH'
-                )
+            if '://' not in path:
+                place = read_place(path, path)
+                if place is None:
+                    raise CheckpointError(
+                        f'cannot resume from {path!r}: {NO_STATE}; to start a new training from its weights, drop '
+                        '--resume and pass --cfg-options load_from=PATH'
+                    )
+                new = self._from_path(scan, record, path, place)
         elif resume:
-            chosen, more = self._remote_choice(record) if self.remote else scan.choose(record)
-            place, notes = chosen, notes + more
-            if chosen is None and again and record is not None and record.saved:
-                raise CheckpointError(f'the restarted run {record.id} finds none of its checkpoints in {self.folder!r}')
-            if chosen is None:  # no error: jobs may use --resume at the first start, too
+            place, more = self._remote_choice(record) if self.remote else scan.choose(record)
+            notes += more
+            if place is None:  # no error: jobs may use --resume at the first start, too
+                if restart and restart.saved:
+                    raise CheckpointError(f'the restarted run {restart.id} finds no checkpoint in {self.folder!r}')
                 notes.append(f'no checkpoint to resume from in {self.folder}: training starts from the beginning')
-        self.record = self._continued(scan, record, chosen) if chosen else (record or RunRecord()).next_run()
-        self.record.launches = launches
-        self.lock(self.record.id)
-        self.record.write(self.work_dir)
-        self._remove_parts(notes)
-        return Start(self.record, path if resume else None, place, notes)
+            elif record is not None and (place.run_id == record.id or place.as_origin() == record.origin):
+                new = record
+            elif place.run_id is not None:
+                new = RunRecord(id=place.run_id, saved=True)
+            else:
+                new = new.next_run(origin=place.as_origin())
+        new.launches = sorted({launch for launch in launches if launch})
+        new.write(self.work_dir)
+        for folder in self._folders():
+            notes += remove_parts(folder, names_of(self.template))
+        return new, path if resume else None, place, list(dict.fromkeys(notes))
 
-    def _newest(self, scan: Scan, record: RunRecord | None, path: str) -> Candidate | None:
-        """The run's newest checkpoint if ``path`` is that file; from any other one, another run begins."""
-        if self.remote or '://' in path or not Path(path).is_file():
-            return None
-        try:
-            newest, _ = scan.choose(record)
-        except CheckpointError:
-            return None
-        same = newest is not None and Path(self.join(newest.name)).samefile(path)
-        return newest if same else None
+    def _from_path(self, scan: Scan, record: RunRecord | None, path: str, place: Candidate) -> RunRecord:
+        """The same run, if ``path`` is its newest checkpoint; from any other one, another run begins."""
+        file, folder = Path(path).expanduser().resolve(), Path(self.folder).resolve()
+        inside = not self.remote and file.is_relative_to(folder)
+        newest = all(other.iteration <= place.iteration for other in scan.of_run(place.run_id))
+        if inside and newest and place.run_id is not None and (record is None or place.run_id == record.id):
+            return record or RunRecord(id=place.run_id, saved=True)
+        name = file.relative_to(folder).as_posix() if inside else str(file)
+        return (record or RunRecord()).next_run(origin=[name, place.run_id, place.iteration])
 
     def _remote_choice(self, record: RunRecord | None) -> tuple[Candidate | None, list[str]]:
         """The name in ``last_checkpoint``: a remote storage cannot be listed."""
         name = os.fsdecode(read_small(self.work_dir / LAST) or b'').strip().rsplit('/', 1)[-1]
-        known = names_of(self.template).fullmatch(name) and (record is None or not record.saved or name in record.names)
-        return (Candidate(name, None, -1, -1), []) if known else (None, [])
+        if names_of(self.template).fullmatch(name) is None:
+            return None, []
+        run_id = None if record is None else record.id if record.saved else record.before
+        return Candidate(name, run_id), []
 
-    def _continued(self, scan: Scan, record: RunRecord | None, chosen: Candidate) -> RunRecord:
-        """The record of the run that goes on from ``chosen``."""
-        old = record or RunRecord()
-        names = [*old.names, *(candidate.name for candidate in scan.accepted(record)), chosen.name]
-        if chosen.run_id is None:
-            result = dataclasses.replace(old.next_run(), names=names)
-        else:
-            ended = old.ended if chosen.run_id == old.id else None
-            result = RunRecord(id=chosen.run_id, saved=True, ended=ended, names=names)
-        result.names = list(dict.fromkeys(result.names))
-        return result
-
-    def _compare(self, start: Start) -> None:
+    def _compare(self, path: str) -> None:
         """Raise CheckpointError if processes would resume from different checkpoints."""
-        if get_world_size() == 1 or start.path is None or '://' in start.path:
-            return
-        try:
-            here = read_place(start.path, '') if Path(start.path).is_file() else None
-        except CheckpointError:
-            here = None
-        found = f'epoch {here.epoch}, iteration {here.iteration}, run {here.run_id}' if here else 'no such checkpoint'
-        places = [f'{host}: {what}' for host, what in all_gather_object((socket.gethostname(), found))]
-        if len({place.split(': ', 1)[1] for place in places}) > 1:
+        found = 'no such checkpoint'
+        with contextlib.suppress(CheckpointError):
+            place = read_place(path, '')
+            found = f'epoch {place.epoch}, iteration {place.iteration}, run {place.run_id}' if place else 'no state'
+        places = all_gather_object((socket.gethostname(), found))
+        if len({found for _, found in places}) > 1:
+            shown = '; '.join(dict.fromkeys(f'{host}: {found}' for host, found in places))
             raise CheckpointError(
-                f'processes would resume from different files {start.path!r}: {"; ".join(dict.fromkeys(places))}. '
+                f'processes would resume from different files {path!r}: {shown}. '
                 f'work_dir {str(self.work_dir)!r} must be the same folder on all machines'
             )
-
-    def lock(self, run_id: str | None, seconds: float = 0) -> list[str]:
-        """Lock the work dir and the folder of the checkpoints; see :func:`run_folder.lock`."""
-        notes = lock(self.work_dir, run_id, seconds)
-        if not self.remote and Path(self.folder).resolve() != self.work_dir.resolve():
-            notes += lock(Path(self.folder), run_id, seconds)
-        return list(dict.fromkeys(notes))
 
     def end(self, iteration: int) -> None:
         """Note that the training is complete, and release the locks."""
         self.record.ended = iteration
-        with contextlib.suppress(OSError):
-            self._write()
-        release(self.work_dir)
-        if not self.remote:
-            release(Path(self.folder))
+        if is_main_process():
+            with contextlib.suppress(OSError):
+                self.record.write(self.work_dir)
+        for folder in self._folders():
+            release(folder)
 
-    def _remove_parts(self, notes: list[str]) -> None:
-        own = [re.escape(name) for name in self.record.names]
-        pattern = re.compile('|'.join([names_of(self.template).pattern, r'best_.*\.\w+', *own]))
-        for folder in {self.work_dir, *([] if self.remote else [Path(self.folder)])}:
-            for part in stale_parts(folder, pattern):
-                part.unlink(missing_ok=True)
-                notes.append(f'{part} removed: temporary file of a killed process')
-
-    # --- its files
+    def _folders(self) -> list[Path]:
+        return [self.work_dir] if self.remote else list(dict.fromkeys([self.work_dir, Path(self.folder)]))
 
     def join(self, name: str) -> str:
-        """Path of a checkpoint."""
-        return f'{self.folder.rstrip("/")}/{name}'
-
-    def name_of(self, path: object) -> str | None:
-        """Name of a checkpoint of this folder that a path from inside a checkpoint may mean.
-
-        ``None`` if there is none that a run of this folder wrote.
-        """
-        if not isinstance(path, str):
-            return None
-        names = [name for name in self.record.names if path == name or path.endswith(f'/{name}')]
-        if names or self.remote:
-            return max(names, key=len, default=None)
-        name = path.rsplit('/', 1)[-1]
-        if is_inside(name) and not_readable(Path(self.folder), name) is None:
-            with contextlib.suppress(CheckpointError):
-                place = read_place(self.join(name), name)
-                if place is not None and place.run_id == self.record.id:  # run.json was lost
-                    self.record.names.append(name)
-                    return name
-        return None
-
-    def will_write(self, name: str) -> None:
-        """Note the name of a checkpoint before it is written: only files with such names are removed later.
-
-        Raises:
-            OSError: ``run.json`` cannot be written.
-        """
-        if name not in self.record.names and is_inside(name):
-            self.record.names.append(name)
-            self._write()
+        """Path of a checkpoint; the one that the run began from may lie elsewhere."""
+        return name if Path(name).is_absolute() else f'{self.folder.rstrip("/")}/{name}'
 
     def has_written(self) -> None:
         """Note that the run has a checkpoint of its own. Raises OSError."""
         if not self.record.saved:
             self.record.saved, self.record.before = True, None
-            self._write()
+            if is_main_process():
+                self.record.write(self.work_dir)
 
-    def has_removed(self, name: str) -> None:
-        """Forget a name; ``run.json`` is written with the next one."""
-        self.record.names.remove(name)
+    def wrote(self, name: str) -> bool:
+        """Whether this run wrote that file: it bears its id, and is no link, folder, pipe or device.
 
-    def may_remove(self, name: str) -> bool:
-        """Whether a run of this folder wrote that file, and it is no link, folder, pipe or device."""
-        if name not in self.record.names:
-            return False
+        A remote file is not read for that: the run's own checkpoints are believed.
+        """
         if self.remote:
-            return True
-        path = Path(self.join(name))
-        return not path.is_symlink() and path.is_file() and not_readable(Path(self.folder), name) is None
-
-    def _write(self) -> None:
-        if is_main_process():
-            self.record.write(self.work_dir)
+            return name not in ('', '.', '..')
+        with contextlib.suppress(CheckpointError, OSError):
+            if is_own_file(Path(self.folder), name) and not Path(self.join(name)).is_symlink():
+                place = read_place(self.join(name), name)
+                return place is not None and place.run_id == self.record.id
+        return False
 
 
 def _launch_id() -> str | None:
@@ -272,6 +195,7 @@ def _launch_id() -> str | None:
     return None
 
 
-def _restarted() -> bool:
-    """Whether this process may have been restarted by its launcher."""
-    return LAUNCH in os.environ or os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
+def _is_restart(record: RunRecord | None, launches: list[str | None]) -> bool:
+    """Whether the launcher that started the last run of the folder has started these processes, too."""
+    maybe = LAUNCH in os.environ or os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
+    return maybe and record is not None and any(launch in record.launches for launch in launches)

@@ -1,4 +1,4 @@
-"""A run's identity in its work dir: an id, the names of the files that it wrote, and a lock against a second start."""
+"""A run's identity in its work dir: its id, the checkpoint that it began from, and a lock against a second start."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ except ModuleNotFoundError:  # Windows
 
 RUN_FILE, LOCK_FILE = 'run.json', 'run.lock'
 LAST = 'last_checkpoint'  # MMEngine's file with the path of the newest checkpoint
-_LARGEST = 1 << 22  # bytes of a run file or of last_checkpoint
+_LARGEST = 1 << 20  # bytes of a run file or of last_checkpoint
 _held: dict[Path, IO[str]] = {}  # locks of this process; closing any handle of the file would release its lock
 
 
@@ -36,21 +36,21 @@ class RunRecord:
         id: Of the run that was started last; each of its checkpoints bears it.
         saved: Whether that run has written a checkpoint.
         ended: Iteration at which that run was complete, with its last validation.
-        before: Until then, the id of the run whose checkpoints lie in the folder.
+        before: Until it has saved, the id of the run whose checkpoints lie in the folder.
+        origin: Path, id and iteration of the checkpoint of another run that it began from.
         launches: Ids of the launchers that started the processes of that run.
-        names: Checkpoints that runs of this folder wrote, as paths relative to the folder of the checkpoints.
     """
 
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     saved: bool = False
     ended: int | None = None
     before: str | None = None
+    origin: list | None = None
     launches: list[str] = dataclasses.field(default_factory=list)
-    names: list[str] = dataclasses.field(default_factory=list)
 
-    def next_run(self) -> RunRecord:
+    def next_run(self, origin: list | None = None) -> RunRecord:
         """The record of another run in the same folder."""
-        return RunRecord(before=self.id if self.saved else self.before, names=self.names)
+        return RunRecord(before=self.id if self.saved else self.before, origin=origin)
 
     def write(self, work_dir: Path) -> None:
         """Replace ``run.json``. Raises OSError."""
@@ -60,32 +60,23 @@ class RunRecord:
 
 def read_record(work_dir: Path) -> tuple[RunRecord | None, list[str]]:
     """Read ``run.json``; returns ``None`` where there is none, and a line for the log if it is damaged."""
-    text = read_small(work_dir / RUN_FILE)
-    if text is None and not os.path.lexists(work_dir / RUN_FILE):
+    path = work_dir / RUN_FILE
+    if not os.path.lexists(path):
         return None, []
     with contextlib.suppress(ValueError, TypeError, RecursionError):
-        record = RunRecord(**json.loads(text or b''))
-        ids = [record.id, *([] if record.before is None else [record.before])]
-        texts = [*record.launches, *record.names]
-        if (
-            all(isinstance(text, str) for text in (*ids, *texts))
-            and all(map(is_run_id, ids))
-            and isinstance(record.saved, bool)
-            and all(map(is_inside, record.names))
-        ):
+        record = RunRecord(**json.loads(read_small(path) or b''))
+        origin, _, iteration = record.origin or ('', None, 0)
+        numbers = [iteration, *([] if record.ended is None else [record.ended])]
+        texts = [origin, *record.launches]
+        ids = is_run_id(record.id) and (record.before is None or is_run_id(record.before))
+        if ids and type(record.saved) is bool and {*map(type, texts)} == {str} and {*map(type, numbers)} == {int}:
             return record, []
-    return None, [f'{str(work_dir / RUN_FILE)!r} is damaged and not used']
+    return None, [f'{str(path)!r} is damaged and not used']
 
 
 def is_run_id(value: object) -> bool:
     """Whether a value can be the id of a run."""
     return isinstance(value, str) and re.fullmatch('[0-9a-f]{32}', value) is not None
-
-
-def is_inside(name: str) -> bool:
-    """Whether a relative path stays inside its folder."""
-    parts = name.split('/')
-    return '\0' not in name and not any(part in ('', '.', '..') for part in parts)
 
 
 def read_small(path: Path) -> bytes | None:
@@ -97,27 +88,13 @@ def read_small(path: Path) -> bytes | None:
     return None
 
 
-def not_readable(folder: Path, name: str) -> str | None:
-    """Why a file of the folder is not opened: it is a link that leaves the folder, a folder, a pipe or a device."""
-    try:
-        path = (folder / name).resolve(strict=True)
-        if not stat.S_ISREG(path.stat().st_mode):
-            return 'it is not a regular file'
-        return (
-            None if path.is_relative_to(folder.resolve()) else f'it is a link to {str(path)!r}, outside of the folder'
-        )
-    except (OSError, RuntimeError):  # RuntimeError: a link to itself, before Python 3.13
-        return 'it is a link to nowhere'
-
-
-def lock(folder: Path, run_id: str | None = None, seconds: float = 0) -> list[str]:
+def lock(folder: Path, seconds: float = 0) -> list[str]:
     """Lock a folder for this process until the process ends or :func:`release`; returns lines for the log.
 
     The lock belongs to the process: data-loader workers do not inherit it, and SIGKILL ends it.
 
     Args:
         folder: Created if it is missing.
-        run_id: Written into the file, with host, process and time.
         seconds: How long to wait for a process that is ending.
 
     Raises:
@@ -128,13 +105,14 @@ def lock(folder: Path, run_id: str | None = None, seconds: float = 0) -> list[st
     path = folder.resolve() / LOCK_FILE
     if fcntl is None:
         return ['this system has no file locks: do not start a second training in the same work dir']
-    file, end = _held.get(path), time.monotonic() + seconds
-    if file is None:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), 'r+')
-    while path not in _held:
+    if path in _held:
+        return []
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), 'r+')
+    end = time.monotonic() + seconds
+    while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _held[path] = file
+            break
         except (BlockingIOError, PermissionError):
             if time.monotonic() < end:
                 time.sleep(0.2)
@@ -147,10 +125,9 @@ def lock(folder: Path, run_id: str | None = None, seconds: float = 0) -> list[st
         except OSError as error:
             file.close()
             return [f'{str(path)!r} cannot be locked ({error.strerror}): do not start a second training in this folder']
-    file.seek(0)
-    file.truncate()
-    started = time.strftime('%Y-%m-%d %H:%M:%S %z')
-    file.write(f'process {os.getpid()} on {socket.gethostname()}, started {started}, run {run_id or "not yet known"}\n')
+    _held[path] = file
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}, started {time.strftime("%Y-%m-%d %H:%M:%S %z")}\n')
     file.flush()
     return []
 
@@ -167,11 +144,16 @@ def release_all() -> None:
         release(path.parent)
 
 
-def stale_parts(folder: Path, names: re.Pattern) -> list[Path]:
-    """Temporary files of a process that was killed while it wrote them; only the holder of the lock may remove them."""
-    found = []
+def remove_parts(folder: Path, names: re.Pattern) -> list[str]:
+    """Remove temporary files of a process that was killed while it wrote them; returns lines for the log.
+
+    Only the holder of the lock may do that.
+    """
+    notes = []
     for path in folder.glob(f'.*{PARTIAL}'):
         target = re.sub(r'\.[^.]*$', '', path.name[1 : -len(PARTIAL)])
-        if (target in (LAST, RUN_FILE) or names.fullmatch(target)) and stat.S_ISREG(path.lstat().st_mode):
-            found.append(path)
-    return found
+        known = target in (LAST, RUN_FILE) or re.fullmatch(r'best_.*\.\w+', target) or names.fullmatch(target)
+        if known and stat.S_ISREG(path.lstat().st_mode):
+            path.unlink()
+            notes.append(f'{path} removed: temporary file of a killed process')
+    return notes

@@ -16,14 +16,16 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
 
-from vheat_mm.checkpoint.resume import INTERRUPTED, RUN_ID, find_newest
+from vheat_mm.checkpoint.resume import INTERRUPTED, NO_STATE, RUN_ID, find_newest, place_of
 from vheat_mm.checkpoint.run import Run
 from vheat_mm.checkpoint.run_folder import LAST, RUN_FILE
 from vheat_mm.engine.fileio import AtomicLocalBackend, drop_code
 from vheat_mm.engine.finite_state import FiniteState
 from vheat_mm.engine.hooks.readable_checkpoint_hook import ReadableCheckpointHook
 from vheat_mm.engine.runner.log_writes import ignore_log_write_errors
+from vheat_mm.engine.runner.resumed_state import check_state
 from vheat_mm.utils.dist import any_rank
+from vheat_mm.utils.errors import CheckpointError
 
 SUPERFLUOUS = 'superfluous_ckpt_id'  # in the message hub, beside MMEngine's keep_ckpt_ids
 
@@ -43,7 +45,7 @@ class AtomicCheckpointHook(CheckpointHook):
     - Each run has an id, in ``run.json`` and in its checkpoints. ``resume=True`` takes the newest intact checkpoint
       with that id (:func:`vheat_mm.checkpoint.resume.find_newest`), where MMEngine would take any file that
       ``last_checkpoint`` names. A second training in the same work dir is refused.
-    - Only files that a run of this folder wrote are removed, whatever paths a checkpoint names.
+    - Only files that bear this id are removed, whatever paths a checkpoint names.
 
     For local folders. In a remote storage, only the order of writing and removing changes.
     """
@@ -53,6 +55,7 @@ class AtomicCheckpointHook(CheckpointHook):
     _saved_iterations = -1  # of the last checkpoint; known to rank 0
     _finite: FiniteState | None = None  # from before_train on
     _run: Any = None  # a Run, from start() on
+    _loaded_id: str | None = None  # of the run that wrote the checkpoint which was loaded
     _folders: set[str] = set()  # noqa: RUF012 (replaced; DeepSpeed's checkpoints that this process wrote)
     _meta: dict = {}  # noqa: RUF012 (replaced, never changed in place)
     # Attributes of MMEngine's class, which declares no types.
@@ -92,16 +95,18 @@ class AtomicCheckpointHook(CheckpointHook):
             return
         self._folders = set()
         self._run = Run(runner.work_dir, self._folder(runner), self.filename_tmpl)
-        start = self._run.begin(runner._resume, runner._load_from if runner._resume else None, runner._has_loaded)
-        for note in start.notes:
+        path, place, notes = self._run.begin(
+            runner._resume, runner._load_from if runner._resume else None, runner._has_loaded
+        )
+        for note in notes:
             runner.logger.warning(note)
-        if start.path is not None and start.place is not None:
-            runner._load_from, runner._resume = start.path, True
-            where = f'epoch {start.place.epoch}, iteration {start.place.iteration}'
-            runner.logger.info(f'resuming from {start.path}, {where}')
+        if path is not None:
+            runner._load_from, runner._resume = path, True
+            where = f', epoch {place.epoch}, iteration {place.iteration}' if place else ''
+            runner.logger.info(f'resuming from {path}{where}')
         elif not runner._has_loaded:
             runner._resume = False
-        seed = start.place and start.place.seed
+        seed = place and place.seed
         if seed is not None and seed != runner._randomness_cfg.get('seed'):
             runner._randomness_cfg = {**runner._randomness_cfg, 'seed': seed}
             set_randomness = getattr(runner, 'set_randomness', None) or runner.strategy._set_randomness
@@ -115,8 +120,17 @@ class AtomicCheckpointHook(CheckpointHook):
         return f'{str(self.out_dir).rstrip("/")}/{Path(runner.work_dir).name}'
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Drop text that MMEngine would execute, also where ``tools/`` did not install the loader."""
+        """Drop text that MMEngine would execute, also where ``tools/`` did not install the loader; check the state."""
         drop_code(checkpoint, str(runner._load_from))
+        place = place_of(checkpoint, '')
+        self._loaded_id = None if place is None else place.run_id
+        if not (runner._resume and isinstance(runner._train_loop, BaseLoop)):
+            return
+        if reason := NO_STATE if place is None else check_state(runner, checkpoint):
+            raise CheckpointError(
+                f'cannot resume from {runner._load_from!r}: {reason}; resume from another checkpoint, or start a new '
+                'training from its weights: without --resume, with --cfg-options load_from=PATH'
+            )
 
     def before_train(self, runner: Runner) -> None:
         """Choose the file backend; of what the resumed checkpoint says about files, keep those of this run."""
@@ -139,29 +153,24 @@ class AtomicCheckpointHook(CheckpointHook):
     def _believe_own_files(self, runner: Runner) -> list[int]:
         """Reduce paths and numbers of checkpoints in the message hub to this run's; returns those to remove."""
         info, dropped = runner.message_hub.runtime_info, []
-        for key in [key for key in info if key.startswith(('best_ckpt', 'last_ckpt'))]:
-            name = self._run.name_of(info[key])
-            if name is None:
-                dropped.append(f'{key}={info.pop(key)!r}')
-            else:
+        own = self._loaded_id == self._run.record.id
+        for key in [key for key in info if key.startswith(('best_ckpt', 'last_ckpt', 'best_score'))]:
+            name = str(info[key]).rsplit('/', 1)[-1]
+            if key.startswith('best_score'):
+                believed = isinstance(info[key], int | float | np.number)
+            elif believed := own and self._run.wrote(name):
                 info[key] = self._run.join(name)
-        for key in [key for key in info if key.startswith('best_score')]:
-            if not isinstance(info[key], int | float | np.number):
-                dropped.append(f'{key}={info.pop(key)!r}')
-        kept, superfluous = info.get('keep_ckpt_ids', []), info.get(SUPERFLUOUS)
-        numbers = [step for step in kept if type(step) is int] if isinstance(kept, list) else []
-        if kept != numbers:
-            dropped.append(f'keep_ckpt_ids={kept!r}')
-        if superfluous is not None and type(superfluous) is not int:
-            dropped.append(f'{SUPERFLUOUS}={info.pop(SUPERFLUOUS)!r}')
-            superfluous = None
+            if not believed and (value := info.pop(key)) is not None and not key.startswith('last_ckpt'):
+                dropped.append(f'{key}={str(value)[:200]}')
+        if dropped:
+            runner.logger.info(f'not taken over from the checkpoint, not of this run: {", ".join(dropped)}')
+        kept, superfluous = info.get('keep_ckpt_ids'), info.pop(SUPERFLUOUS, None)
+        numbers = [step for step in kept if type(step) is int] if own and isinstance(kept, list) else []
         keep = numbers[-self.max_keep_ckpts :] if self.max_keep_ckpts > 0 else numbers
         if 'keep_ckpt_ids' in info:
             info['keep_ckpt_ids'] = list(keep)
-        if dropped:
-            shown = ', '.join(text if len(text) < 200 else f'{text[:200]}...' for text in dropped)
-            runner.logger.warning(f'not believed, because no run of this folder wrote such files: {shown}')
-        return [step for step in dict.fromkeys([*numbers, superfluous]) if step is not None and step not in keep]
+        remove = [*numbers, *([superfluous] if own and type(superfluous) is int else [])]
+        return [step for step in dict.fromkeys(remove) if step not in keep]
 
     def after_run(self, runner: Runner) -> None:
         """Note the end in ``run.json``, and release the work dir."""
@@ -213,12 +222,9 @@ class AtomicCheckpointHook(CheckpointHook):
             self._remove_own(self.filename_tmpl.format(step))
 
     def _remove_own(self, name: str) -> None:
-        """Remove a checkpoint if a run of this folder wrote it; DeepSpeed's folders only if this process did."""
-        if self._run is None or not is_main_process():
-            return
-        if self._run.may_remove(name) or name in self._folders:
+        """Remove a checkpoint if this run wrote it; DeepSpeed's folders only if this process did."""
+        if is_main_process() and (name in self._folders or self._run.wrote(name)):
             _remove(self.file_backend, self._run.join(name))
-            self._run.has_removed(name)
 
     def _save(self, runner: Runner, name: str, meta: dict, alone: bool = False) -> str | None:
         """Write a checkpoint, then ``last_checkpoint``; returns the path, or ``None`` if it could not be written."""
@@ -229,7 +235,6 @@ class AtomicCheckpointHook(CheckpointHook):
         runner.call_hook('before_collective_save')  # on all ranks; MMEngine's before_save_checkpoint is on rank 0
         self._meta = dict(meta)  # FlexibleRunner changes the one that it gets
         try:
-            self._run.will_write(name)
             runner.save_checkpoint(
                 self.out_dir,
                 name,
@@ -273,7 +278,7 @@ class AtomicCheckpointHook(CheckpointHook):
             return
         self._finite.require(self.last_ckpt)
         before, info = self._best(), dict(runner.message_hub.runtime_info)
-        backend, self.file_backend = self.file_backend, _BestFiles(self.file_backend, self._run)
+        backend, self.file_backend = self.file_backend, _BestFiles(self.file_backend)
         deferred = self.file_backend
         try:
             super()._save_best_checkpoint(runner, metrics)
@@ -289,8 +294,7 @@ class AtomicCheckpointHook(CheckpointHook):
         finally:
             self.file_backend = backend
         for path in set(deferred.paths) - set(self._best().values()):
-            if name := self._run.name_of(path):
-                self._remove_own(name)
+            self._remove_own(path.rsplit('/', 1)[-1])
 
     def _best(self) -> dict[str, Any]:
         if hasattr(self, 'best_ckpt_path_dict'):
@@ -299,19 +303,14 @@ class AtomicCheckpointHook(CheckpointHook):
 
 
 class _BestFiles:
-    """A file backend that collects the paths to remove instead of removing them, and notes the names of new files."""
+    """A file backend that collects the paths to remove instead of removing them."""
 
-    def __init__(self, backend: Any, run: Run) -> None:
-        self._backend, self._run = backend, run
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
         self.paths: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
-
-    def join_path(self, folder: str, name: str) -> str:
-        """Path of the new best checkpoint, or of a regular one."""
-        self._run.will_write(name)
-        return self._backend.join_path(folder, name)
 
     def remove(self, path: str) -> None:
         """Collect a path."""

@@ -118,6 +118,8 @@ def batches_done(done: int, old: dict[str, Any], new: dict[str, Any]) -> int:
     def samples_a_step(settings: dict[str, Any]) -> int:
         return (settings.get('batch_size') or 1) * settings.get('number of processes', 1)
 
+    if done < 0:
+        raise ValueError(f'{done} batches done')
     lengths = new.get('number of samples') or 1, old.get('number of samples') or 1
     return done * samples_a_step(old) * lengths[0] // (samples_a_step(new) * lengths[1])
 
