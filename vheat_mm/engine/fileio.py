@@ -20,7 +20,7 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 
 from vheat_mm.checkpoint.io import atomic_file, read_checkpoint
-from vheat_mm.datasets.checks.images import max_bytes, read_header, refuse_size
+from vheat_mm.datasets.checks.images import read_header, read_image, refuse_size
 from vheat_mm.models.pretrained_init import replace_pretrained_init
 from vheat_mm.utils.files import open_regular, read_regular
 
@@ -100,7 +100,7 @@ class AtomicLocalBackend(LocalBackend):
     def get(self, filepath: str | Path) -> bytes:
         """Read a file. Raises OSError if it is no regular one, or an image with too many pixels."""
         is_image = (mimetypes.guess_type(str(filepath))[0] or '').startswith('image/')
-        content = read_regular(filepath, max_bytes() if is_image else None)
+        content = read_image(filepath) if is_image else read_regular(filepath)
         if reason := refuse_size(content, read_header(content)):
             raise OSError(f'{filepath}: {reason}')
         return content

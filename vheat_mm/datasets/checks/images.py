@@ -154,19 +154,15 @@ def read_file(path: str, backend_args: dict | None) -> bytes:
         FaultError: There is none, or it is empty.
     """
     try:
-        if backend_args is None and '://' not in path:
-            content = read_regular(path, max_bytes())
-        else:
-            content = get(path, backend_args=backend_args)
+        local = backend_args is None and '://' not in path
+        content = read_image(path) if local else get(path, backend_args=backend_args)
     except FileNotFoundError as error:
         link = Path(path).is_symlink()
         raise FaultError('file-missing', f'a link to {Path(path).readlink()}' if link else '') from error
     except OSError as error:
         kind = 'image-too-large' if error.errno == errno.EFBIG else 'file-unreadable'
         raise FaultError(kind, str(error.strerror or error)) from error
-    except KeyError as error:  # of MMEngine, for what stands in front of ://
-        raise FaultError('file-unreadable', f'no file backend reads {error}') from error
-    except Exception as error:  # of a storage's client; a name with a null byte
+    except Exception as error:  # of a storage's client; no file backend for what stands in front of ://; a null byte
         raise FaultError('file-unreadable', summarize_error(error)) from error
     if not content:
         raise FaultError('file-empty', '')
@@ -223,9 +219,18 @@ def max_pixels(bytes_per_pixel: int = 3) -> int:
     return int(text) if text.isdecimal() else _MAX_DECODED // bytes_per_pixel
 
 
-def max_bytes() -> int:
-    """Bytes that an image file may have: 1 GiB, more if more pixels are allowed."""
-    return 6 * max_pixels()
+def read_image(path: str | Path) -> bytes:
+    """The content of a local image file.
+
+    Raises:
+        OSError: As :func:`~vheat_mm.utils.files.read_regular`; the limit is 1 GiB, more if more pixels are allowed.
+    """
+    try:
+        return read_regular(path, 6 * max_pixels())
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            error.strerror = f'{error.strerror}: cut it into tiles, or raise {_LIMIT}'
+        raise
 
 
 def refuse_size(content: bytes, header: Any) -> str:
