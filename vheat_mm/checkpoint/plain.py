@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.logging import HistoryBuffer
 from torch import Tensor
 
 from vheat_mm.checkpoint.pickle_rules import SPARE_BYTES
@@ -96,7 +97,7 @@ def drop_functions(state: dict[str, Any]) -> dict[str, Any]:
 def find_refused(value: Any, place: str = '') -> tuple[str, str] | None:
     """The first part of a checkpoint that the loader would refuse.
 
-    The value is written without the contents of its tensors, and read by the loader's own checks.
+    The value is written with one of its tensors of each type and one history of scalars, and read by the loader's own checks.
 
     Returns:
         Its place (``meta.dataset_meta.palette[3]``) and why; ``None`` if all of it can be read.
@@ -139,16 +140,18 @@ def _refusal(value: Any) -> str | None:
     return None
 
 
-def _without_contents(value: Any, empty: dict[torch.dtype, Tensor], levels: int = 200) -> Any:
-    """The same structure with one empty tensor of its type in place of each plain tensor: many files take a second."""
+def _without_contents(value: Any, shared: dict[Any, Any], levels: int = 200) -> Any:
+    """The same structure with one tensor or history of scalars in place of all that are written alike, to save time."""
     if isinstance(value, Tensor):
         plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided and not value.is_quantized
-        return empty.setdefault(value.dtype, torch.empty(0, dtype=value.dtype)) if plain and not vars(value) else value
+        return shared.setdefault(value.dtype, torch.empty(0, dtype=value.dtype)) if plain and not vars(value) else value
+    if type(value) is HistoryBuffer:
+        return shared.setdefault(HistoryBuffer, value)
     if not levels or type(value) not in _KEPT:
         return value
     if isinstance(value, dict):
-        made = type(value)({key: _without_contents(item, empty, levels - 1) for key, item in value.items()})
+        made = type(value)({key: _without_contents(item, shared, levels - 1) for key, item in value.items()})
         if isinstance(made, OrderedDict):
             vars(made).update(vars(value))  # the versions of modules
         return made
-    return type(value)(_without_contents(item, empty, levels - 1) for item in value)
+    return type(value)(_without_contents(item, shared, levels - 1) for item in value)

@@ -25,14 +25,9 @@ from vheat_mm.engine.runner.stateful_parts import note_stateful_parts
 from vheat_mm.utils.dist import any_rank
 from vheat_mm.utils.errors import CheckpointError
 
-# Entries of a checkpoint's ``meta``, and of the checkpoint.
-BATCHES_DONE, SETTINGS, VALIDATED, EARLY = (
-    'vheat_batches_done',
-    'vheat_settings',
-    'vheat_validated',
-    'vheat_early_stopping',
-)
-GRADIENTS = 'vheat_accumulated_gradients'
+# Entries of a checkpoint's ``meta``; the last one is of the checkpoint.
+BATCHES_DONE, SETTINGS, VALIDATED = 'vheat_batches_done', 'vheat_settings', 'vheat_validated'
+EARLY, GRADIENTS = 'vheat_early_stopping', 'vheat_accumulated_gradients'
 
 
 @HOOKS.register_module()
@@ -105,7 +100,7 @@ class ReproducibleHook(Hook):
         self._replace_sampler(runner)
         self._validated = self._resumed_meta.get(VALIDATED, runner.iter)
         lost = self._sampler is not None and self._validated != runner.iter
-        if lost and _validates_now(runner, self._resumed_meta.get(BATCHES_DONE, 0)) and not _is_complete(runner):
+        if lost and _misses_validation(runner, self._resumed_meta.get(BATCHES_DONE, 0)):
             runner.logger.info('the checkpoint was written before a validation: it is run now')
             runner.val_loop.run()
 
@@ -196,24 +191,18 @@ class ReproducibleHook(Hook):
         self._validated = runner.iter
 
 
-def _is_complete(runner: Runner) -> bool:
-    """Whether nothing is left to do: an earlier process has finished this training, with the last validation."""
+def _misses_validation(runner: Runner, batches: int) -> bool:
+    """Whether the loop validates at this place, after ``batches`` of the epoch, unless it has ended with that."""
     loop = runner.train_loop
-    left = loop.max_epochs - loop.epoch if isinstance(loop, EpochBasedTrainLoop) else loop.max_iters - loop.iter
-    record, _ = read_record(Path(runner.work_dir))
-    return left <= 0 and any_rank(record is not None and record.ended == runner.iter)
-
-
-def _validates_now(runner: Runner, batches: int) -> bool:
-    """Whether the training loop validates at this epoch or iteration, after ``batches`` of the epoch."""
-    loop = runner.train_loop
-    if runner.val_loop is None or not isinstance(loop, EpochBasedTrainLoop | IterBasedTrainLoop):
+    if runner.val_loop is None:
         return False
     loop._decide_current_val_interval()
     by_epoch = isinstance(loop, EpochBasedTrainLoop)
     done, last = (loop.epoch, loop.max_epochs) if by_epoch else (loop.iter, loop.max_iters)
-    between_epochs = not (by_epoch and batches)
-    return between_epochs and done >= loop.val_begin and (done % loop.val_interval == 0 or done == last)
+    if (by_epoch and batches) or done < loop.val_begin or (done % loop.val_interval and done != last):
+        return False
+    record, _ = read_record(Path(runner.work_dir))
+    return not any_rank(done >= last and record is not None and record.ended == runner.iter)
 
 
 def _early_stopping(runner: Runner) -> dict[str, Any]:
