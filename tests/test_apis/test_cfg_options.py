@@ -120,6 +120,11 @@ def build(part: object, _seed: int = 0) -> None:
     raise AssertionError('wrong')
 
 
+class HalfBuilt(nn.Module):
+    def __init__(self) -> None:
+        raise AssertionError('wrong')
+
+
 def build_all(model: object, optim_wrapper: object) -> None:
     raise AssertionError('wrong')
 
@@ -131,6 +136,7 @@ def build_all(model: object, optim_wrapper: object) -> None:
         (lambda cfg: build([dict(part) for part in cfg.model.heads]), 'model.heads'),
         (lambda cfg: build(dict(type='SGD')), ''),
         (lambda cfg: build_all(cfg.model, cfg.optim_wrapper), ''),
+        (lambda _: HalfBuilt(), ''),
         (lambda cfg: nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(4, 1))(torch.ones(1, 2)), 'model.2'),
     ],
 )

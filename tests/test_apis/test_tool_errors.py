@@ -79,7 +79,7 @@ def test_bad_category_id(tmp_path, data, monkeypatch, capfd):
         ("_base_ = 'nowhere.py'\n", ['bad.py', 'nowhere.py']),
         (
             "custom_imports = dict(imports=['no_such_module'])\n",
-            ["bad.py': ModuleNotFoundError: No module named 'no_such_"],
+            ["bad.py': ModuleNotFoundError: No module named 'no_such_", 'PYTHONPATH'],
         ),
         ("default_scope = 'mmdet'\n", ['bad.py', 'model']),
     ],

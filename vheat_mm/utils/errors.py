@@ -55,7 +55,7 @@ USER_ERRORS = (VHeatError, OSError)
 
 def describe(error: BaseException) -> str:
     """An error's message, with its type in front where the message alone is not clear."""
-    while isinstance(error, ImportError) and isinstance(error.__context__, ImportError):
+    while str(error).startswith('Failed to import ') and isinstance(error.__context__, ImportError):
         error = error.__context__  # MMEngine's own lists all of sys.path
     # str() of a KeyError puts its argument in quotes.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
@@ -64,6 +64,8 @@ def describe(error: BaseException) -> str:
     if 'DataLoader worker' in text:  # holds the worker's traceback, whose last line is the error
         text = text.strip().splitlines()[-1]
         text = re.sub(r'^(?:vheat_mm[\w.]*|OSError): ', '', text)
+    if isinstance(error, ModuleNotFoundError):
+        text += '; install it, or add its folder to PYTHONPATH'
     if isinstance(error, (*USER_ERRORS, ValueError, RuntimeError)) and text:
         return text
     if not text:  # a bare assertion: say where it is
