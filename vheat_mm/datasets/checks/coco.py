@@ -236,6 +236,14 @@ def judge_coco(
             yield _annotation_finding(content, kind, crowds[0], text)
     if mismatch := compare_classes([name for _, name in content.categories], classes):
         yield Finding(mismatch[0], content.path, mismatch[1])
+    elif classes:
+        names = dict(content.categories)
+        counts = {
+            names.get(key): number
+            for key, number in zip(content.ids[1], np.bincount(content.category_index), strict=False)
+        }
+        if left := [f'{name!r} ({number} objects)' for name, number in counts.items() if name not in (None, *classes)]:
+            yield Finding('names-left-out', content.path, f'{some_of(left)}; metainfo.classes: [{some_of(classes)}]')
     seen = set()
     for row, annotation in enumerate(content.annotation_ids):
         if annotation in seen:

@@ -32,8 +32,9 @@ def read_voc(part: Part, note: Callable[[Finding], None]) -> Iterator[dict[str, 
             root = ElementTree.fromstring(get(path, backend_args=dataset.backend_args))
             info = dataset.parse_data_info(dict(img_id=image_id, file_name=image, xml_path=path))
         except Exception as error:  # of the file, its values, or an image that is read for its size
-            is_bare = isinstance(error, AttributeError)  # of None
-            text = 'an object lacks name, bndbox or a corner, or size a side' if is_bare else describe(error)
+            text = str(getattr(error, 'strerror', None) or describe(error))
+            if isinstance(error, AttributeError):  # of None
+                text = 'an object lacks name, bndbox or a corner, or size a side'
             note(Finding('xml-malformed', path, text, image_id))
             continue
         for entry in root.iterfind('object/name'):
