@@ -124,6 +124,8 @@ def interrupt(run: subprocess.Popen, kind: str, work_dir: Path, rng: random.Rand
         alive = rng.random() < 0.2 or wait(run, 120, lambda: TRAINS in log.read_bytes()[begun:])
         alive = alive and wait(run, rng.uniform(0, 25))
     if not alive:
+        if status := run.wait():
+            raise AssertionError(f'{work_dir}.log: the run ended by itself with status {status}')
         return
     counts[kind] += 1
     if kind == 'sigterm':

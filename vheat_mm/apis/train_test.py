@@ -19,7 +19,7 @@ from vheat_mm.apis.errors import run_reporting_errors
 from vheat_mm.apis.outputs import apply_out, apply_show
 from vheat_mm.apis.tta import apply_tta
 from vheat_mm.checkpoint.run import lock_work_dir
-from vheat_mm.checkpoint.run_folder import release_all
+from vheat_mm.checkpoint.run_folder import release
 from vheat_mm.engine import fileio
 from vheat_mm.engine.hooks.annotation_check_hook import check_annotations
 from vheat_mm.engine.runner.build import (
@@ -92,7 +92,7 @@ def run_training(argv: Sequence[str] | None = None) -> int:
     try:
         return run_reporting_errors(body)
     finally:
-        release_all()
+        release()
         if before in (signal.SIG_DFL, signal.SIG_IGN) and signal.getsignal(signal.SIGTERM) != before:
             signal.signal(signal.SIGTERM, before)  # not within tools/train.py, which exits now
 

@@ -86,6 +86,7 @@ class Scan:
 
     Attributes:
         candidates: Those with training state.
+        last: The last part of the path in ``last_checkpoint``.
         corrupt: Name to reason.
     """
 
@@ -119,10 +120,10 @@ class Scan:
 
     def _pointer(self, path: Path, names: set[str], pattern: re.Pattern) -> tuple[str | None, bool]:
         """The name in ``last_checkpoint`` if such a file is in the folder; whether it names one that is gone."""
+        text = os.fsdecode(read_small(path) or b'').rstrip('\n')
+        self.last = last = text.rsplit('/', 1)[-1]
         if not os.path.lexists(path):
             return None, False
-        text = os.fsdecode(read_small(path) or b'').rstrip('\n')
-        last = text.rsplit('/', 1)[-1]
         if '\0' not in text and not last.startswith('.') and last and os.path.lexists(self.folder / last):
             names = names | {last}
         matches = [name for name in names if f'/{text}'.endswith(f'/{name}')]

@@ -11,7 +11,7 @@ from typing import Any
 from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
 
 from vheat_mm.checkpoint.resume import NO_STATE, Candidate, Scan, is_own_file, names_of, read_place
-from vheat_mm.checkpoint.run_folder import LAST, RunRecord, lock, read_record, read_small, release, remove_parts
+from vheat_mm.checkpoint.run_folder import RunRecord, lock, read_record, release, remove_parts
 from vheat_mm.utils.errors import CheckpointError, ToolError
 
 LAUNCH = 'VHEAT_LAUNCH_ID'  # drawn by tools/dist_run.py; restarted processes have that of the first ones
@@ -99,8 +99,11 @@ class Run:
                     )
                 new = self._from_path(scan, record, path, place)
         elif resume:
-            place, more = self._remote_choice(record) if self.remote else scan.choose(record)
-            notes += more
+            if not self.remote:
+                place, more = scan.choose(record)
+                notes += more
+            elif names_of(self.template).fullmatch(scan.last):  # a remote storage cannot be listed
+                place = Candidate(scan.last, None if record is None else record.id if record.saved else record.before)
             if place is None:  # no error: jobs may use --resume at the first start, too
                 if restart and restart.saved:
                     raise CheckpointError(f'the restarted run {restart.id} finds no checkpoint in {self.folder!r}')
@@ -127,14 +130,6 @@ class Run:
         name = file.relative_to(folder).as_posix() if inside else str(file)
         return (record or RunRecord()).next_run(origin=[name, place.run_id, place.iteration])
 
-    def _remote_choice(self, record: RunRecord | None) -> tuple[Candidate | None, list[str]]:
-        """The name in ``last_checkpoint``: a remote storage cannot be listed."""
-        name = os.fsdecode(read_small(self.work_dir / LAST) or b'').strip().rsplit('/', 1)[-1]
-        if names_of(self.template).fullmatch(name) is None:
-            return None, []
-        run_id = None if record is None else record.id if record.saved else record.before
-        return Candidate(name, run_id), []
-
     def _compare(self, path: str) -> None:
         """Raise CheckpointError if processes would resume from different checkpoints."""
         found = 'no such checkpoint'
@@ -155,8 +150,7 @@ class Run:
         if is_main_process():
             with contextlib.suppress(OSError):
                 self.record.write(self.work_dir)
-        for folder in self._folders():
-            release(folder)
+        release(*self._folders())
 
     def _folders(self) -> list[Path]:
         return [self.work_dir] if self.remote else list(dict.fromkeys([self.work_dir, Path(self.folder)]))

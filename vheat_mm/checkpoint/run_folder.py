@@ -132,16 +132,11 @@ def lock(folder: Path, seconds: float = 0) -> list[str]:
     return []
 
 
-def release(folder: Path) -> None:
-    """End this process's lock of the folder, if there is one."""
-    if file := _held.pop(folder.resolve() / LOCK_FILE, None):
-        file.close()
-
-
-def release_all() -> None:
-    """End all locks of this process, for a tool that is called within another program."""
-    for path in list(_held):
-        release(path.parent)
+def release(*folders: Path) -> None:
+    """End this process's locks of these folders, or all of its locks."""
+    for path in [folder.resolve() / LOCK_FILE for folder in folders] or list(_held):
+        if file := _held.pop(path, None):
+            file.close()
 
 
 def remove_parts(folder: Path, names: re.Pattern) -> list[str]:

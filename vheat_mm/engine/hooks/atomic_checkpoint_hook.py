@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -277,29 +278,23 @@ class AtomicCheckpointHook(CheckpointHook):
         if not self.save_best or self._finite is None:  # a validation without a training saves nothing
             return
         self._finite.require(self.last_ckpt)
-        before, info = self._best(), dict(runner.message_hub.runtime_info)
+        names = {'best_ckpt_path', 'best_ckpt_path_dict'} & vars(self).keys()
+        before, info = {name: copy(vars(self)[name]) for name in names}, dict(runner.message_hub.runtime_info)
         backend, self.file_backend = self.file_backend, _BestFiles(self.file_backend)
         deferred = self.file_backend
         try:
             super()._save_best_checkpoint(runner, metrics)
         except OSError as error:  # the earlier file still exists and remains the best
-            if hasattr(self, 'best_ckpt_path'):
-                self.best_ckpt_path = before['best']
-            else:
-                self.best_ckpt_path_dict = before
+            self.__dict__.update(before)
             runner.message_hub.runtime_info.clear()
             runner.message_hub.runtime_info.update(info)
             _log_failed_save(runner, 'the best checkpoint', error)
             return
         finally:
             self.file_backend = backend
-        for path in set(deferred.paths) - set(self._best().values()):
+        best = getattr(self, 'best_ckpt_path_dict', None) or dict(best=self.best_ckpt_path)
+        for path in set(deferred.paths) - set(best.values()):
             self._remove_own(path.rsplit('/', 1)[-1])
-
-    def _best(self) -> dict[str, Any]:
-        if hasattr(self, 'best_ckpt_path_dict'):
-            return dict(self.best_ckpt_path_dict)
-        return dict(best=getattr(self, 'best_ckpt_path', None))
 
 
 class _BestFiles:
