@@ -97,7 +97,7 @@ def drop_functions(state: dict[str, Any]) -> dict[str, Any]:
 def find_refused(value: Any, place: str = '') -> tuple[str, str] | None:
     """The first part of a checkpoint that the loader would refuse.
 
-    The value is written with one of its tensors of each type and one history of scalars, and read by the loader's own checks.
+    The value is written, with one tensor of each type and one history of scalars, and read by the loader's own checks.
 
     Returns:
         Its place (``meta.dataset_meta.palette[3]``) and why; ``None`` if all of it can be read.
