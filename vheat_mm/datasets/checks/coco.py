@@ -287,19 +287,19 @@ def compare_classes(names: list[str], classes: tuple[str, ...]) -> tuple[str, st
 
 def _judge_types_of_ids(content: CocoContent, faults: dict[str, np.ndarray], evaluated: bool) -> Iterator[Finding]:
     """Ids that are text in one place and numbers in another; the rows are removed from ``faults``."""
-    for kind, name, of_rows, all_ids, known in (
-        ('annotation-without-image', 'image_id', content.image_index, content.ids[0], content.images),
-        ('category-unknown', 'category_id', content.category_index, content.ids[1], dict(content.categories)),
+    images, categories = content.ids
+    for kind, name, of_rows, all_ids, targets in (
+        ('annotation-without-image', 'image_id', content.image_index, images, map(images.__getitem__, content.images)),
+        ('category-unknown', 'category_id', content.category_index, categories, dict(content.categories)),
     ):
-        targets = [content.ids[0][key] if known is content.images else key for key in known]
         by_text = {str(target): target for target in targets}
         for row in faults[kind].nonzero()[0].tolist():
             value = all_ids[of_rows[row]]
             if str(value) in by_text:
                 faults[kind][row] = False
                 yield _annotation_finding(content, 'id-type', row, f'{name} {value!r}, id {by_text[str(value)]!r}')
-    texts = [row for row, value in enumerate(content.annotation_ids) if isinstance(value, str)] if evaluated else []
-    if texts:
+    texts = [row for row, value in enumerate(content.annotation_ids) if isinstance(value, str)]
+    if evaluated and texts:
         text = f'{len(texts)} ids of annotations are text: {content.annotation_ids[texts[0]]!r}'
         yield _annotation_finding(content, 'id-type', texts[0], text)
 

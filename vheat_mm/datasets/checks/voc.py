@@ -32,9 +32,8 @@ def read_voc(part: Part, note: Callable[[Finding], None]) -> Iterator[dict[str, 
             root = ElementTree.fromstring(get(path, backend_args=dataset.backend_args))
             info = dataset.parse_data_info(dict(img_id=image_id, file_name=image, xml_path=path))
         except Exception as error:  # of the file, its values, or an image that is read for its size
-            text = str(getattr(error, 'strerror', None) or describe(error))
-            if isinstance(error, AttributeError):  # of None
-                text = 'an object lacks name, bndbox or a corner, or size a side'
+            is_bare = isinstance(error, AttributeError)  # of None
+            text = 'an object lacks name, bndbox or a corner, or size a side' if is_bare else describe(error)
             note(Finding('xml-malformed', path, text, image_id))
             continue
         for entry in root.iterfind('object/name'):
@@ -42,25 +41,24 @@ def read_voc(part: Part, note: Callable[[Finding], None]) -> Iterator[dict[str, 
             names[name] += 1
             first.setdefault(name, path)
         yield info
-    for finding in _judge_names(dataset, names, first, part.classes, part.trains):
+    for finding in _judge_names(part, names, first):
         note(finding)
 
 
-def _judge_names(
-    dataset: Any, names: Counter[str], first: dict[str, str], classes: tuple[str, ...], trains: bool
-) -> Iterator[Finding]:
+def _judge_names(part: Part, names: Counter[str], first: dict[str, str]) -> Iterator[Finding]:
     """Names of objects that ``metainfo.classes`` lacks; those of the data set's own list are left out on purpose."""
-    published = getattr(type(dataset), 'METAINFO', {}).get('classes') or ()
+    place, classes = part.dataset.ann_file, part.classes
+    published = getattr(type(part.dataset), 'METAINFO', {}).get('classes') or ()
     unknown = {name: count for name, count in names.most_common() if name not in classes and name not in published}
     absent = [name for name in classes if name not in names]
-    if trains and len(absent) < len(classes):
-        yield from (Finding('class-without-samples', dataset.ann_file, name) for name in absent)
+    if part.trains and len(absent) < len(classes):
+        yield from (Finding('class-without-samples', place, name) for name in absent)
     if unknown:
         listed = some_of(f'{name!r} ({count} objects, first in {first[name]})' for name, count in unknown.items())
         alike = [name for name in unknown if any(plain_name(name) == plain_name(known) for known in classes)]
-        is_many = 2 * sum(unknown.values()) > names.total() or (trains and absent)
+        is_many = 2 * sum(unknown.values()) > names.total() or (part.trains and absent)
         kind = 'names-unknown' if alike or is_many else 'names-left-out'
-        yield Finding(kind, dataset.ann_file, f'{listed}; metainfo.classes: [{some_of(classes)}]')
+        yield Finding(kind, place, f'{listed}; metainfo.classes: [{some_of(classes)}]')
 
 
 def plain_name(name: str) -> str:
