@@ -162,6 +162,11 @@ def test_each_address_has_its_own_file(site, backbone):
     assert len(list(Path(torch.hub.get_dir()).glob('checkpoints/*'))) == 3
 
 
+def test_an_address_that_is_none():
+    with pytest.raises(CheckpointError, match=r"'http://\[::1/x.pth' is no valid address"):
+        read_checkpoint('http://[::1/x.pth')
+
+
 @pytest.mark.parametrize('name', ['x.pth', 'x.safetensors'])
 def test_an_answer_that_is_no_checkpoint_is_not_kept(site, name):
     folder, address = site

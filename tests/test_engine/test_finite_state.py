@@ -66,6 +66,19 @@ def test_the_last_finite_checkpoint_stays(tmp_path, part):
     assert files(tmp_path) == ['iter_2.pth']
 
 
+def test_a_checkpoint_that_is_not_finite_is_not_resumed(tmp_path):
+    make(tmp_path).train()
+    path = tmp_path / 'iter_6.pth'
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint['optimizer']['state'][0]['exp_avg_sq'].fill_(INF)
+    torch.save(checkpoint, path)
+    runner = make(tmp_path / 'next')
+    runner._load_from, runner._resume = str(path), True
+    with pytest.raises(NonFiniteError, match=r"optimizer's exp_avg_sq of \S+ is not finite in '.*iter_6.pth'"):
+        runner.train()
+    assert files(tmp_path / 'next') == []
+
+
 def test_the_scale_of_the_loss_is_looked_at(tmp_path):
     runner = make(tmp_path, wrapper=dict(type=CPUScaledOptimWrapper))
     runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)

@@ -9,7 +9,7 @@ from torch import nn
 
 from vheat_mm.engine import fileio
 from vheat_mm.models.find_weights import find_weights
-from vheat_mm.models.pretrained_init import to_mmengine
+from vheat_mm.models.pretrained_init import replace_pretrained_init, to_mmengine
 from vheat_mm.models.resize_weights import resize_checkpoint
 from vheat_mm.models.weights import load_pretrained
 from vheat_mm.utils.errors import CheckpointError
@@ -87,6 +87,15 @@ def test_a_head_takes_a_prefix(tmp_path, make_vheat, kind):
         initialize(head, init | dict(prefix='neck'))
     with pytest.raises(CheckpointError, match=r'does not fit Linear: size mismatch for weight'):
         initialize(nn.Linear(32, 7), init | dict(prefix='head'))
+
+
+def test_without_the_tools_models_with_a_vheat_are_strict_and_others_as_mmengines(tmp_path, make_vheat, kind):
+    replace_pretrained_init(everywhere=False)  # as importing vheat_mm does
+    torch.save(dict(state_dict={'something.else': torch.ones(3)}), tmp_path / 'x.pth')
+    init = dict(type=kind, checkpoint=str(tmp_path / 'x.pth'))
+    initialize(nn.Linear(32, 5), init)
+    with pytest.raises(CheckpointError, match=r"x\.pth'"):
+        initialize(Model(make_vheat()), init)
 
 
 def test_models_of_other_libraries_still_load(tmp_path):

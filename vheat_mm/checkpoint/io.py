@@ -10,7 +10,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import pickle
 import re
 import secrets
 import time
@@ -61,21 +60,12 @@ def _load_safely(stream: IO[bytes], name: str) -> Any:
     register_safe_globals()
     try:
         return torch.load(stream, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r'GLOBAL (\S+)|call reduce for unrecognized function (.+)', str(error))
-        if named is None:
-            reason = str(error).split('WeightsUnpickler error:')[-1]  # without PyTorch's advice: weights_only=False
-            raise CheckpointError(f'{name!r} is corrupt or not a PyTorch file: {first_line(reason)}') from error
-        culprit = named.group(1) or named.group(2)
-        hint = '' if torch.__version__ >= '2.6' else " (PyTorch >= 2.6 reads the release's yacs configuration)"
-        raise CheckpointError(
-            f'{name!r} was refused: it holds {culprit!r}, which is neither a plain tensor nor on the list of allowed '
-            f'classes, and loading it could run code{hint}. Ask its author for a file of tensors only.'
-        ) from error
     except Exception as error:  # PyTorch raises many types for a corrupt file
+        reason = str(error).split('WeightsUnpickler error:')[-1]  # without PyTorch's advice: weights_only=False
+        hint = '' if torch.__version__ >= '2.6' else '; classes of MMEngine and yacs need PyTorch >= 2.6'
         raise CheckpointError(
-            f'{name!r} is truncated, corrupt or not a PyTorch file ({type(error).__name__}: {first_line(error)}); '
-            'compare its size with the source and copy it again'
+            f'{name!r} is truncated, corrupt or not a PyTorch file ({type(error).__name__}: {first_line(reason)}); '
+            f'compare its size with the source and copy it again{hint}'
         ) from error
 
 
@@ -177,7 +167,10 @@ def _read_safetensors(file: Path) -> StateDict:
 
 def _download(url: str) -> Path:
     """The file of an address in PyTorch's hub cache, where it is downloaded to and checked unless it is there."""
-    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
+    try:
+        name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
+    except ValueError as error:
+        raise CheckpointError(f'{url!r} is no valid address: {error}') from error
     # The name alone does not tell an epoch_12.pth from another one; the address, with its query, does.
     digest = hashlib.sha256(url.split('#')[0].encode()).hexdigest()[:12]
     target = Path(torch.hub.get_dir()) / 'checkpoints' / f'{Path(name).stem[:100]}-{digest}{Path(name).suffix[:20]}'

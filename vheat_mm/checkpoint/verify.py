@@ -24,7 +24,7 @@ def open_file(name: str) -> IO[bytes]:
         CheckpointError: The file is missing, empty or unreadable, or it is a folder or a device.
     """
     try:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path's raises RuntimeError for unknown users)
         if not path.exists():
             raise CheckpointError(f'no checkpoint at {name!r} (working directory {str(Path.cwd())!r})')
         if not path.is_file() or path.stat().st_size == 0:
@@ -32,10 +32,6 @@ def open_file(name: str) -> IO[bytes]:
         return path.open('rb')
     except (OSError, ValueError) as error:
         raise CheckpointError(f'{name!r} cannot be read: {first_line(error)}') from error
-    except RuntimeError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f'{name!r} cannot be read: {error}') from error  # expanduser() of an unknown user
 
 
 def verify_file(path: str | os.PathLike) -> None:

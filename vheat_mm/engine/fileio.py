@@ -1,7 +1,7 @@
 """Safe reading and atomic writing of files in MMEngine.
 
-Importing this module makes all loaders of MMEngine drop text that it would execute; :func:`install`, for the processes
-of the tools, replaces the loaders.
+Importing this module makes all loaders of MMEngine drop text that it would execute, and weights that do not fit a vHeat
+an error; :func:`install`, for the processes of the tools, replaces the loaders.
 """
 
 from __future__ import annotations
@@ -81,11 +81,12 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
 
 for _prefix, _loader in list(CheckpointLoader._schemes.items()):
     CheckpointLoader.register_scheme(_prefix, _without_code(_loader), force=True)
+replace_pretrained_init(everywhere=False)
 
 
 def install() -> None:
     """Make MMEngine use :func:`load_from_local`, :class:`AtomicLocalBackend` and strict weights in this process."""
-    replace_pretrained_init()
+    replace_pretrained_init(everywhere=True)
     register_backend('local', AtomicLocalBackend, prefixes='', force=True)
     CheckpointLoader.register_scheme(prefixes=('', 'http://', 'https://'), loader=load_from_local, force=True)
 

@@ -25,8 +25,7 @@ class FiniteState:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._seen: set[str] = set()
-        self._exempt: set[str] = set()
+        self._judged: dict[str, bool] = {}  # of tensors that may be infinite: whether they were finite at first
         self._new_exempt: list[str] = []
         self.first_non_finite(judge_all=False)
 
@@ -52,22 +51,25 @@ class FiniteState:
                 'optim_wrapper.clip_grad=dict(max_norm=1.0), and resume'
             )
 
+    def require_resumed(self, path: str) -> None:
+        """Check what all processes have resumed from ``path``. Raises NonFiniteError if something is not finite."""
+        first = self.first_non_finite()
+        if any_rank(first is not None):
+            raise NonFiniteError(
+                f'{first or "the state of another process"} is not finite in {path!r}: resume from an earlier one'
+            )
+
     def first_non_finite(self, judge_all: bool = True) -> str | None:
         """Name of the first tensor of this process that is not finite; usually one number is read from the device."""
         judged = []
         for name, tensor, must_be_finite in named_state(self._runner):
             key = f'{name} {tuple(tensor.shape)}'
-            if must_be_finite:
-                if judge_all:
-                    judged.append((name, tensor))
-            elif key in self._seen:
-                if key not in self._exempt:
-                    judged.append((name, tensor))
-            else:
-                self._seen.add(key)
-                if not _is_finite(tensor):
-                    self._exempt.add(key)
+            if not must_be_finite and key not in self._judged:
+                self._judged[key] = _is_finite(tensor)
+                if not self._judged[key]:
                     self._new_exempt.append(name)
+            if judge_all and (must_be_finite or self._judged[key]):
+                judged.append((name, tensor))
         if are_finite([tensor for _, tensor in judged]):
             return None
         return next(name for name, tensor in judged if not _is_finite(tensor))

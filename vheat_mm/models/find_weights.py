@@ -71,7 +71,7 @@ def find_weights(
         prefixes = [p for p in prefixes if p == prefix]
     if len(prefixes) > 1:
         raise CheckpointError(
-            f'{path!r} holds several vHeat backbones, under {some_of(prefixes)}: choose one with prefix=...'
+            f'{path!r} holds several vHeat backbones, under {some_of(map(repr, prefixes))}: choose one with prefix=...'
         )
     if not prefixes:
         wanted = f'{prefix or ""}{ANCHOR}'

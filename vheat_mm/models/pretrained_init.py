@@ -10,7 +10,7 @@ from mmengine.model import PretrainedInit, update_init_info
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from vheat_mm.checkpoint.io import StateDict
+from vheat_mm.checkpoint.io import StateDict, read_checkpoint
 from vheat_mm.models.find_weights import ANCHOR, find_weights
 from vheat_mm.models.weights import adapt_bands, check_fit, is_counter, load_fitting, load_pretrained
 from vheat_mm.utils.errors import CheckpointError
@@ -19,10 +19,19 @@ from vheat_mm.utils.text import first_line, some_of
 _ANCHOR_OF_MODEL = f'backbone.{ANCHOR}'
 
 
-def replace_pretrained_init() -> None:
-    """Make MMEngine's initializer, by name or as a class, load as :func:`load_initial` in this process."""
+_initialize = PretrainedInit.__call__
+
+
+def replace_pretrained_init(everywhere: bool) -> None:
+    """Make MMEngine's initializer, by name or as a class, load as :func:`load_initial` in this process.
+
+    ``everywhere``: also into heads and models without a vHeat.
+    """
 
     def initialize(self: PretrainedInit, module: nn.Module) -> None:
+        if not everywhere and not {ANCHOR, _ANCHOR_OF_MODEL} & module.state_dict().keys():
+            _initialize(self, module)
+            return
         load_initial(module, str(self.checkpoint), self.prefix)
         if hasattr(module, '_params_init_info'):
             update_init_info(module, init_info=self._get_init_info())
@@ -50,7 +59,8 @@ def load_initial(module: nn.Module, path: str, prefix: str | None = None) -> Non
     if ANCHOR in own:
         load_pretrained(module, path, prefix=prefix)
         return
-    checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+    named = '://' in path and not path.startswith('http')  # torchvision://resnet50
+    checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu') if named else read_checkpoint(path)
     if prefix is not None:
         prefix = prefix if prefix.endswith('.') else f'{prefix}.'
         state = _named_entry(checkpoint, path)

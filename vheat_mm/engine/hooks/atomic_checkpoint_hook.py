@@ -146,6 +146,8 @@ class AtomicCheckpointHook(CheckpointHook):
             runner.logger.warning('no checkpoint of this run can be resumed: checkpoint hook with save_optimizer=False')
         self.last_ckpt = runner.message_hub.runtime_info.get('last_ckpt')
         self._finite = FiniteState(runner)
+        if runner._resume:
+            self._finite.require_resumed(str(runner._load_from))
         ignore_log_write_errors(runner)
         # The process may have been killed between writing a checkpoint and removing the one it replaced.
         for step in superfluous:
