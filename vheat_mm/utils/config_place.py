@@ -121,10 +121,9 @@ def explain(error: BaseException) -> tuple[str, str]:
         places = [locate(root, value, exact=True) if isinstance(value, (dict, list)) else '' for value in values]
         if places and places[0] and not any(places[1:]):  # the function works with this part alone
             return places[0], ''
-    owners = [frame.f_locals.get('self') for frame in frames]
-    modules = [
-        owner for owner in owners if isinstance(owner, nn.Module) and '_modules' in vars(owner)
-    ]  # else half-built
+    owners = (frame.f_locals.get('self') for frame in frames)
+    # A model whose building failed may have no _modules yet.
+    modules = [owner for owner in owners if isinstance(owner, nn.Module) and '_modules' in vars(owner)]
     for name, module in unwrap(modules[0]).named_modules() if modules else ():
         if name and module is modules[-1]:
             return f'model.{name}', f'{describe(error)}, in {type(module).__name__}({module.extra_repr()})'
