@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
+from mmengine.dist import all_gather_object, broadcast_object_list, get_world_size, is_main_process
 
 from vheat_mm.checkpoint.resume import NO_STATE, Candidate, Scan, is_own_file, names_of, read_place
 from vheat_mm.checkpoint.run_folder import RunRecord, lock, read_record, release, remove_parts
@@ -132,6 +132,8 @@ class Run:
 
     def _compare(self, path: str) -> None:
         """Raise CheckpointError if processes would resume from different checkpoints."""
+        if get_world_size() == 1:
+            return
         found = 'no such checkpoint'
         with contextlib.suppress(CheckpointError):
             place = read_place(path, '')
