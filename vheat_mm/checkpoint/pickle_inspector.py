@@ -7,8 +7,8 @@ checkpoint does not need is refused.
 
 from __future__ import annotations
 
-import abc
 import pickletools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO, Any, NoReturn, cast
 
@@ -61,7 +61,7 @@ class Name:
     text: str
 
 
-class PickleInspector(abc.ABC):
+class PickleInspector:
     """Follows the pickles of one file; a subclass decides which objects are allowed.
 
     Args:
@@ -69,6 +69,11 @@ class PickleInspector(abc.ABC):
         records: Records of a zip file; ``None`` for PyTorch's format before 1.6, a single stream.
         length: Length of the file in bytes.
     """
+
+    find: Callable[[str], Any]  # a global, given as module and name with a space between
+    call: Callable[[Any, Any, str], Any]  # what a global creates from arguments, with this opcode
+    build: Callable[[Any, Any], None]  # sets the state of an object
+    storage: Callable[[Any], Any]  # the storage with this persistent id
 
     def __init__(self, name: str, records: dict[str, Record] | None, length: int) -> None:
         self.name = name
@@ -207,24 +212,6 @@ class PickleInspector(abc.ABC):
         target.depth = max(target.depth, self._depth_above(values))
         if target.closed:
             self.refuse('it holds a container that contains itself')
-
-    # --- objects
-
-    @abc.abstractmethod
-    def find(self, argument: str) -> Any:
-        """Look up a global, given as module and name with a space between."""
-
-    @abc.abstractmethod
-    def call(self, function: Any, arguments: Any, opcode: str) -> Any:
-        """The object that calling a global creates."""
-
-    @abc.abstractmethod
-    def build(self, target: Any, state: Any) -> None:
-        """Set the state of an object."""
-
-    @abc.abstractmethod
-    def storage(self, key: Any) -> Any:
-        """The storage with this persistent id."""
 
 
 def is_kind(value: Any, kind: str) -> bool:
