@@ -170,6 +170,7 @@ def test_another_number_of_processes(tmp_path, interrupted, capfd):
 ODD = [
     dict(vheat_settings='x', vheat_batches_done=1),
     dict(vheat_batches_done='1'),
+    dict(vheat_batches_done=-2),
     dict(vheat_early_stopping=dict(stopped=True)),
     dict(vheat_early_stopping=3),
 ]

@@ -230,10 +230,12 @@ def test_a_remote_folder(run, tmp_path, monkeypatch):
         assert len(train(tmp_path / 'work', True, 0, length, checkpoint=options, resume=True)[1]) == 16 - 4 * length
         assert [path.name for path in (tmp_path / 'store').rglob('*.pth')] == [f'epoch_{length}.pth']
     shutil.copy(run / 'epoch_1.pth', tmp_path / 'store' / 'work')
+    (tmp_path / 'store' / 'work' / 'epoch_8.pth').write_text('of somebody else')
+    change(tmp_path / 'store' / 'work' / 'epoch_1.pth', keep_ckpt_ids=[8])
     other = 'storage://store/work/epoch_1.pth'
     train(tmp_path / 'work', True, 0, 3, checkpoint=options, resume=other)
     names = sorted(path.name for path in (tmp_path / 'store').rglob('*.pth'))
-    assert names == ['epoch_1.pth', 'epoch_3.pth']
+    assert names == ['epoch_1.pth', 'epoch_3.pth', 'epoch_8.pth']
 
 
 def test_all_checkpoints_gone(run, tmp_path):
@@ -342,6 +344,12 @@ def test_paths_in_a_checkpoint_are_not_believed(run, tmp_path):
     names = sorted(path.name for path in (tmp_path / 'mine').glob('*.pth'))
     assert names == ['best_score_epoch_4.pth', 'epoch_4.pth', 'epoch_8.pth']
     assert (tmp_path / 'thesis').is_dir()
+    for name in ('mine.pth', 'epoch_8.pth'):  # a checkpoint of the folder's own run names them
+        shutil.copy(run / 'epoch_1.pth', run / name)
+        change(run / name, {RUN_ID: 32 * 'a'})
+    change(run / 'epoch_3.pth', best_ckpt=str(run / 'mine.pth'), best_score=-1.0, keep_ckpt_ids=[8])
+    train(run, True, 0, 4, checkpoint=best, validate=1, resume=True)
+    assert {'mine.pth', 'epoch_8.pth', 'best_score_epoch_4.pth'} <= {path.name for path in run.glob('*.pth')}
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ class AtomicCheckpointHook(CheckpointHook):
             runner.logger.warning(note)
         if path is not None:
             runner._load_from, runner._resume = path, True
-            where = f', epoch {place.epoch}, iteration {place.iteration}' if place else ''
+            where = f', epoch {place.epoch}, iteration {place.iteration}' if place and place.epoch >= 0 else ''
             runner.logger.info(f'resuming from {path}{where}')
         elif not runner._has_loaded:
             runner._resume = False
