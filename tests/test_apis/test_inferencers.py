@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.registry import MODELS, init_default_scope
 
 from vheat_mm import VHeat
@@ -70,6 +70,7 @@ def test_a_config_inside_a_checkpoint_is_not_executed(tmp_path, capfd):
     path, proof = tmp_path / 'epoch_1.pth', tmp_path / 'ran'
     code = f'open({str(proof)!r}, "w").close()\nmodel = dict(type="X")'
     torch.save(dict(state_dict={}, meta=dict(cfg=code), message_hub=dict(runtime_info=dict(cfg=code))), path)
+    MMLogger._instance_dict.clear()  # loggers of earlier tests write to streams that are closed
     with pytest.raises(ValueError, match='Cannot find the config'):
         apis.DetInferencer(weights=str(path), device='cpu')
     output = capfd.readouterr()
