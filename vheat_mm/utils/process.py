@@ -11,9 +11,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 INTERRUPTED = 130  # the shell's status for SIGINT
@@ -21,6 +22,7 @@ LAUNCHER = 'VHEAT_LAUNCHER'  # process id of tools/dist_run.py, set by it
 STOP_NOTE = 'VHEAT_STOP_NOTE'  # file that tells the launcher, while it exists, that SIGTERM loses nothing
 NOTHING_TO_SAVE = 'before the first iteration, so there is nothing to save; start again with --resume'
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+Handler = Callable[[int, FrameType | None], None]
 
 
 def process_rank() -> int:
@@ -72,8 +74,8 @@ def prepare_start(training: bool) -> None:
 def exit_on_signals(numbers: Sequence[int] = (signal.SIGTERM,)) -> None:
     """Let signals end this process with status 75 until another handler replaces this one.
 
-    Nothing has to be cleaned up: what a training writes during set-up survives SIGKILL as well. Forked processes get
-    the default handlers. Only the main thread can set handlers; in others this does nothing.
+    Nothing has to be cleaned up: what a training writes during set-up survives SIGKILL as well. Only the main thread
+    can set handlers; in others this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -85,9 +87,7 @@ def exit_on_signals(numbers: Sequence[int] = (signal.SIGTERM,)) -> None:
         os.set_blocking(sender, False)
         signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
         threading.Thread(target=_watch, args=(receiver,), daemon=True).start()
-        os.register_at_fork(after_in_child=_restore_default)
-    for number in numbers:
-        signal.signal(number, exit_before_training)
+    handle_signals(numbers, exit_before_training)
     if note := os.environ.get(STOP_NOTE):
         with contextlib.suppress(OSError):
             Path(note).touch()
@@ -112,10 +112,38 @@ def _watch(receiver: int) -> None:
             exit_before_training(received[0], None)
 
 
-def _restore_default() -> None:
-    for number in signal.valid_signals():
-        if signal.getsignal(number) is exit_before_training:
+def handle_signals(numbers: Iterable[int], handler: Handler) -> dict[int, Any]:
+    """Set the handler of signals in this process; processes that are forked from it get the default ones.
+
+    mmdet's ``VOCMetric`` ends its pool by SIGTERM and waits for it. With a copy of the handler, a process of the pool
+    would go on; and Python drops signals that a process receives while it is forked, so they are blocked then.
+
+    Returns:
+        The previous handlers.
+    """
+    if not _handled and hasattr(os, 'register_at_fork'):  # not on Windows
+        os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_unblock_in_child)
+    _handled.update(numbers)
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+_handled: set[int] = set()
+_forking = threading.local()
+
+
+def _block() -> None:
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _handled)
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _unblock_in_child() -> None:
+    for number in _handled:
+        if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
+    _unblock()
 
 
 def _exit_interrupted(*_: object) -> None:

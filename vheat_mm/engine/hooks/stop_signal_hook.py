@@ -19,7 +19,7 @@ from vheat_mm.engine.hooks.atomic_checkpoint_hook import AtomicCheckpointHook
 from vheat_mm.engine.runner.data_loading import WorkerInit, train_loader
 from vheat_mm.utils.dist import any_rank
 from vheat_mm.utils.errors import StopRequested
-from vheat_mm.utils.process import STOP_NOTE, exit_before_training, exit_on_signals
+from vheat_mm.utils.process import STOP_NOTE, exit_before_training, exit_on_signals, handle_signals
 
 
 @HOOKS.register_module()
@@ -45,7 +45,6 @@ class StopSignalHook(Hook):
             raise ValueError(f"StopSignalHook: signals={signals!r}, expected names such as ('SIGTERM', 'SIGUSR1')")
         self.signals = [getattr(signal, name) for name in signals]
         self._received: str | None = None
-        self._process = os.getpid()
         self._saved: str | None = None
         self._previous: dict[int, Any] = {}
         if signal.getsignal(signal.SIGTERM) is exit_before_training:  # within the tools: from now on, all of them
@@ -56,7 +55,7 @@ class StopSignalHook(Hook):
         if threading.current_thread() is not threading.main_thread():
             runner.logger.warning('StopSignalHook is inactive: signals can be handled in the main thread only')
             return
-        self._previous = {number: signal.signal(number, self._receive) for number in self.signals}
+        self._previous = handle_signals(self.signals, self._receive)
         if note := os.environ.get(STOP_NOTE):
             Path(note).unlink(missing_ok=True)  # from now on, stopping loses iterations until they are saved
         validation = [runner.val_dataloader] if runner.val_loop is not None else []
@@ -64,8 +63,6 @@ class StopSignalHook(Hook):
             loader.worker_init_fn = WorkerInit(loader.worker_init_fn)
 
     def _receive(self, number: int, _: object) -> None:
-        if os.getpid() != self._process:  # forked, such as the pool of a metric, which ends its processes by SIGTERM
-            os._exit(128 + number)
         self._received = signal.Signals(number).name
 
     def after_train_iter(
