@@ -138,6 +138,8 @@ def test_a_run_falls_back_to_the_checkpoint_that_it_began_from(run, tmp_path, ca
 def test_a_renamed_checkpoint_of_the_run_counts(run):
     (run / 'epoch_3.pth').rename(run / 'good.pth')
     assert newest(run)[0] == 'good.pth'
+    (run / 'run.json').unlink()  # then nothing says that it is the run's
+    assert newest(run)[0] == 'epoch_2.pth'
 
 
 def test_from_its_own_newest_by_name_the_run_goes_on(run):

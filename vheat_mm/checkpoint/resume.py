@@ -87,6 +87,7 @@ class Scan:
     Attributes:
         candidates: Those with training state.
         last: The last part of the path in ``last_checkpoint``.
+        pattern: Usual names of checkpoints.
         corrupt: Name to reason.
     """
 
@@ -97,7 +98,7 @@ class Scan:
             dict[str, str](),
             list[str](),
         )
-        pattern = names_of(template)
+        self.pattern = pattern = names_of(template)
         below = re.sub(r'\{[^}]*\}', '*', template or '*') if folder.is_dir() else '*'
         names = {path.relative_to(folder).as_posix() for path in (*folder.glob('*'), *folder.glob(below))}
         names = {name for name in names if pattern.fullmatch(name) or re.fullmatch(r'(?!best_|\.).*\.pth', name)}
@@ -180,12 +181,13 @@ class Scan:
                 return own
             if record.before is not None:
                 return self.of_run(record.before)
-        if len({candidate.run_id for candidate in self.candidates} - {None}) > 1:
+        usual = [c for c in self.candidates if self.pattern.fullmatch(c.name) or c.name == self.pointed]
+        if len({candidate.run_id for candidate in usual} - {None}) > 1:
             raise CheckpointError(
-                f'{str(self.folder)!r} holds checkpoints of several runs: {", ".join(map(str, self.candidates))}; '
+                f'{str(self.folder)!r} holds checkpoints of several runs: {", ".join(map(str, usual))}; '
                 'name the one to continue with --resume PATH'
             )
-        return list(self.candidates)
+        return usual  # a file of another name may be anybody's where no run is known
 
     def _order(self, candidate: Candidate) -> tuple:
         """Without ids, those later than ``last_checkpoint`` may be from before a return to it."""
