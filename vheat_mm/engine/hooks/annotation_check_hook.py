@@ -68,6 +68,7 @@ class AnnotationCheckHook(Hook):
         self._allow = tuple(allow)
         self._checked: set[str] = set() if files else {'train', 'val', 'test'}
         self._learned: Any = None  # class names in the checkpoint
+        self._heads: dict[str, Head] | None = None
 
     def check_files(self, runner: Runner, splits: Iterable[str]) -> None:
         """Check the annotation files of a runner's data sets, once for each split.
@@ -116,8 +117,13 @@ class AnnotationCheckHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Check the training and validation sets, and the number of class names."""
-        check_classes(runner.train_dataloader.dataset, class_heads(unwrap(runner.model)), runner)
+        check_classes(runner.train_dataloader.dataset, self._find_heads(runner), runner)
         self.check_files(runner, ('train', 'val') if runner.val_loop is not None else ('train',))
+
+    def _find_heads(self, runner: Runner) -> dict[str, Head]:
+        if self._heads is None:  # once, as it looks at each module
+            self._heads = class_heads(unwrap(runner.model))
+        return self._heads
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Keep the names of the classes that the weights have learned."""
@@ -144,11 +150,11 @@ class AnnotationCheckHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Check the bands and labels of a batch, before it goes to the model's device."""
         check_bands(data_batch, count_bands(unwrap(runner.model)))
-        check_batch(data_batch, class_heads(unwrap(runner.model)))
+        check_batch(data_batch, self._find_heads(runner))
 
     def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Check the labels of a batch."""
-        check_batch(data_batch, class_heads(unwrap(runner.model)))
+        check_batch(data_batch, self._find_heads(runner))
 
 
 def check_annotations(runner: Runner, splits: Iterable[str]) -> None:
