@@ -16,6 +16,7 @@ from typing import IO
 
 from vheat_mm.checkpoint.io import PARTIAL, atomic_file
 from vheat_mm.utils.errors import ToolError
+from vheat_mm.utils.files import read_regular
 
 try:
     import fcntl
@@ -80,11 +81,9 @@ def is_run_id(value: object) -> bool:
 
 
 def read_small(path: Path) -> bytes | None:
-    """Content of a small regular file, ``None`` for anything else."""
+    """Content of a small regular file, ``None`` for anything else, also for a link."""
     with contextlib.suppress(OSError):
-        status = path.lstat()
-        if stat.S_ISREG(status.st_mode) and status.st_size <= _LARGEST:
-            return path.read_bytes()
+        return None if path.is_symlink() else read_regular(path, _LARGEST)
     return None
 
 

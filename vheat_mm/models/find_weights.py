@@ -115,11 +115,16 @@ def _select_entry(checkpoint: dict[str, Any], path: str, ema: bool) -> tuple[str
     names = averaged if ema else plain
     entry, state = (names[0], checkpoint[names[0]]) if names else ('file', checkpoint)
     found = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    if wrong := [key for key in found if not isinstance(key, str)]:
+    require_names(found, path)
+    return entry, found
+
+
+def require_names(state: dict[Any, Any], path: str) -> None:
+    """Raise CheckpointError if keys of a state dict are not names."""
+    if wrong := [key for key in state if not isinstance(key, str)]:
         raise CheckpointError(
             f'{path!r} is not a checkpoint of a model: the keys of its tensors are not names but {wrong[0]!r}'
         )
-    return entry, found
 
 
 def _check_values(weights: Weights) -> None:

@@ -11,7 +11,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from vheat_mm.checkpoint.io import StateDict, read_checkpoint
-from vheat_mm.models.find_weights import ANCHOR, find_weights
+from vheat_mm.models.find_weights import ANCHOR, find_weights, require_names
 from vheat_mm.models.weights import adapt_bands, check_fit, is_counter, load_fitting, load_pretrained
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.text import first_line, some_of
@@ -107,10 +107,7 @@ def _named_entry(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
     state = checkpoint.get('state_dict', checkpoint)
     if not isinstance(state, dict):
         raise CheckpointError(f'{path!r} is not a checkpoint of a model: its state_dict is a {type(state).__name__}')
-    if wrong := [key for key in state if not isinstance(key, str)]:
-        raise CheckpointError(
-            f'{path!r} is not a checkpoint of a model: the keys of its tensors are not names but {wrong[0]!r}'
-        )
+    require_names(state, path)
     renamed = type(state)((re.sub(r'^module\.', '', key), value) for key, value in state.items())
     if hasattr(state, '_metadata'):  # versions of layers, by which they convert older weights
         renamed._metadata = state._metadata  # type: ignore[attr-defined]

@@ -7,6 +7,8 @@ from typing import Any
 
 from mmengine.config import Config
 
+from vheat_mm.utils.config_place import type_name
+
 _MAP_HEADS = ('decode_head', 'auxiliary_head')
 
 
@@ -54,13 +56,6 @@ def coco_metrics(cfg: Config, split: str) -> set[tuple[str, str]]:
             kinds = metric.get('metric', 'bbox')
             found |= {(kind, metric['ann_file']) for kind in ([kinds] if isinstance(kinds, str) else kinds)}
     return found
-
-
-def type_name(entry: Any) -> str:
-    """Name of a config entry's ``type``, without scope or module, be it a name or a class."""
-    kind = entry.get('type', '') if isinstance(entry, dict) else type(entry)
-    name = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
-    return name.split('.')[-1].split('::')[-1]
 
 
 def _entries(parent: Any, name: str) -> Iterator[tuple[str, dict]]:
