@@ -10,7 +10,7 @@ import torch
 from mmengine.logging import MMLogger
 from mmengine.model import ImgDataPreprocessor
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from vheat_mm.engine.hooks import SkipBrokenSamplesHook
 from vheat_mm.engine.hooks.skip_broken_samples_hook import _check_for
@@ -34,6 +34,11 @@ class Numbers(Dataset):
 
     def get_data_info(self, index):
         return dict(img_path=f'pictures/{index}.jpg')
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(3))
 
 
 def epoch(data: Numbers, ledger: Ledger, workers: int = 0) -> list[int]:
@@ -111,6 +116,19 @@ def test_validation_names_the_sample():
     set_fetch(loader, lambda _: NamingFetch(data, lambda _: None))
     with pytest.raises(BrokenSampleError, match=r'sample 5 \(pictures/5.jpg\) .*ValueError: no image'):
         list(loader)
+
+
+def test_a_stream_of_samples_is_left_alone():
+    said = []
+    runner = SimpleNamespace(
+        train_loop=SimpleNamespace(dataloader=DataLoader(Stream())),
+        model=nn.Identity(),
+        logger=SimpleNamespace(warning=said.append),
+    )
+    hook = SkipBrokenSamplesHook()
+    hook.before_train(runner)
+    hook.after_train_epoch(runner)
+    assert ['inactive' in line for line in said] == [True]
 
 
 def test_arguments():

@@ -55,7 +55,10 @@ class SkipBrokenSamplesHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Let the training loader replace samples."""
         loader, check = train_loader(runner), _check_for(runner)
-        self._ledger = ledger = Ledger(len(loader.dataset), self.max_share)  # type: ignore[arg-type]
+        if not hasattr(loader.dataset, '__len__'):
+            runner.logger.warning('SkipBrokenSamplesHook is inactive: the training set is not indexed by sample')
+            return
+        self._ledger = ledger = Ledger(len(loader.dataset), self.max_share)
         set_fetch(loader, lambda _: SkippingFetch(loader.dataset, check, self.tries, ledger))
 
     def after_train_epoch(self, runner: Runner) -> None:
