@@ -22,7 +22,7 @@ from small_runs import train
 from vheat_mm.checkpoint.io import read_checkpoint
 from vheat_mm.checkpoint.resume import RUN_ID, find_newest
 from vheat_mm.checkpoint.run import LAUNCH, Run
-from vheat_mm.checkpoint.run_folder import lock, release
+from vheat_mm.checkpoint.run_folder import lock, read_small, release
 from vheat_mm.engine import fileio
 from vheat_mm.utils.errors import CheckpointError, ToolError
 
@@ -395,3 +395,13 @@ def test_text_in_a_checkpoint_is_not_executed(run, key, monkeypatch):
         checkpoint = loader(str(run / 'epoch_3.pth'))
         assert not {'config', 'cfg'} & checkpoint['meta'].keys()
         assert 'cfg' not in checkpoint['message_hub']['runtime_info']
+
+
+def test_only_small_files_of_the_folder_are_read(tmp_path):
+    file, link = tmp_path / 'run.json', tmp_path / 'link'
+    file.write_bytes(b'text')
+    link.symlink_to(file)
+    assert [read_small(path) for path in (file, link, tmp_path / 'none')] == [b'text', None, None]
+    with file.open('r+b') as stream:
+        stream.truncate((1 << 20) + 1)
+    assert read_small(file) is None
