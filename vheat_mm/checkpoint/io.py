@@ -23,6 +23,7 @@ from mmengine.dist import barrier, get_dist_info
 from torch import Tensor
 
 from vheat_mm.checkpoint.download import download
+from vheat_mm.checkpoint.released import resolve
 from vheat_mm.checkpoint.safe_globals import register_safe_globals
 from vheat_mm.checkpoint.verify import check_content, check_safetensors, open_file, verify
 from vheat_mm.utils.errors import CheckpointError
@@ -37,15 +38,16 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Read a checkpoint file onto the CPU without running any code from it.
 
     Args:
-        path: Local path or http(s) URL (downloaded once, into PyTorch's hub cache, under a name of its own
-            for each address).
+        path: Local path, http(s) URL (downloaded once, into PyTorch's hub cache, under a name of its own for each
+            address), or a name of :mod:`vheat_mm.checkpoint.released`.
 
     Raises:
         CheckpointError: The file is missing, truncated or corrupt, or holds a class that is not on the list of allowed
             ones.
     """
     name = os.fspath(path)
-    with open_file(str(_download(name)) if re.match(r'https?://', name) else name) as stream:
+    place = resolve(name)
+    with open_file(str(_download(place)) if re.match(r'https?://', place) else place) as stream:
         if stream.name.endswith('.safetensors'):
             check_safetensors(stream, name)
             return _read_safetensors(Path(stream.name))

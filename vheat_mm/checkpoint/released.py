@@ -1,0 +1,118 @@
+"""The checkpoints of the reference release by name, and the place that they come from.
+
+``VHEAT_WEIGHTS``, a folder or an address, takes the place of :data:`BASE`: a mirror, or a machine without internet. A
+folder holds the files as the release's addresses do (``vheatcls/vHeat_tiny.pth``) or side by side.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmengine.logging import print_log
+
+from vheat_mm.utils.errors import CheckpointError
+from vheat_mm.utils.text import some_of
+
+BASE = 'https://github.com/MzeroMiko/vHeat/releases/download/'
+VARIABLE = 'VHEAT_WEIGHTS'
+
+
+@dataclass(frozen=True)
+class Released:
+    """A published checkpoint.
+
+    Attributes:
+        config: Stem of the config that it was trained with, which is a name of it.
+        path: Of the file, below :data:`BASE`.
+        name: What users call it; ``config`` if it is no other.
+    """
+
+    config: str
+    path: str
+    name: str = ''
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'name', self.name or self.config)
+
+    @property
+    def url(self) -> str:
+        """Address of the file in the release, whatever ``VHEAT_WEIGHTS`` says."""
+        return BASE + self.path
+
+    @property
+    def log_url(self) -> str:
+        """Address of the training's log in the release."""
+        return re.sub('pth$', 'txt' if self.path.startswith('vheatcls') else 'log', self.url)
+
+
+RELEASES = (
+    Released('vheat-t_16xb128_in1k', 'vheatcls/vHeat_tiny.pth', 'vheat_tiny'),
+    Released('vheat-s_16xb128_in1k', 'vheatcls/vHeat_small.pth', 'vheat_small'),
+    Released('vheat-b_16xb128_in1k', 'vheatcls/vHeat_base.pth', 'vheat_base'),
+    Released('mask-rcnn_vheat-t_fpn_1x_coco', 'vheatdet/vHeat_tiny_det.pth'),
+    Released('mask-rcnn_vheat-s_fpn_1x_coco', 'vheatdet/vHeat_small_det.pth'),
+    Released('mask-rcnn_vheat-b_fpn_1x_coco', 'vheatdet/vHeat_base_det.pth'),
+    Released('mask-rcnn_vheat-t_fpn_ms-crop-3x_coco', 'vheatdet/vHeat_tiny_det_ms3x.pth'),
+    Released('mask-rcnn_vheat-s_fpn_ms-crop-3x_coco', 'vheatdet/vHeat_small_det_ms3x.pth'),
+    Released('vheat-t_upernet_8xb2-160k_ade20k-512x512', 'vheatseg/vHeat_tiny_seg.pth'),
+    Released('vheat-b_upernet_8xb2-160k_ade20k-512x512', 'vheatseg/vHeat_base_seg.pth'),
+)
+NAMES = tuple(release.name for release in RELEASES)
+# Every name, those of configs included, and the file's path below the base address.
+RELEASED = {name: release.path for release in RELEASES for name in (release.name, release.config)}
+
+
+def find_released(name: object) -> Released | None:
+    """The checkpoint of that name or release address, ``None`` for anything else."""
+    return next((r for r in RELEASES if name in (r.name, r.config, r.url)), None)
+
+
+def locate(release: Released) -> str:
+    """Path or address of a published checkpoint.
+
+    Raises:
+        CheckpointError: ``VHEAT_WEIGHTS`` is neither a folder nor an address, or a folder without the file.
+    """
+    base = os.environ.get(VARIABLE) or BASE
+    if re.match(r'https?://', base):
+        return f'{base.rstrip("/")}/{release.path}'
+    folder = Path(os.path.expanduser(base))  # noqa: PTH111 (Path's raises RuntimeError for unknown users)
+    if not folder.is_dir():
+        raise CheckpointError(f'{VARIABLE}={base!r} is neither a folder nor an http(s) address: correct or unset it')
+    places = folder / release.path, folder / Path(release.path).name
+    if found := next((place for place in places if place.is_file()), None):
+        return str(found)
+    there = sorted(str(path.relative_to(folder)) for pattern in ('*.pth', '*/*.pth') for path in folder.glob(pattern))
+    raise CheckpointError(
+        f'{VARIABLE}={base!r} lacks {release.path!r} of {release.name!r}, also as {places[1].name!r}; in it are '
+        f'{some_of(there)}. Its address in the release is {release.url}'
+    )
+
+
+def resolve(path: str) -> str:
+    """Path or address for a name of a published checkpoint; other paths and addresses as they are.
+
+    Raises:
+        CheckpointError: See :func:`locate`; or a word that is neither a name nor a file.
+    """
+    release = find_released(path)
+    if release is not None:
+        if os.path.lexists(path):
+            file = f'./{path}'
+            text = f'{path!r} is taken as the name of released weights; what lies in the working folder is {file!r}'
+            print_log(text, logger='current', level=logging.WARNING)
+        return locate(release)
+    if re.fullmatch(r'[\w-]+', path) and not os.path.lexists(path):
+        known = {re.sub('[-_]', '', name.lower()): name for name in RELEASED}
+        close = difflib.get_close_matches(re.sub('[-_]', '', path.lower()), known, 1)
+        hint = f', did you mean {known[close[0]]!r}?' if close else '.'
+        raise CheckpointError(
+            f'no checkpoint at {path!r} (working directory {str(Path.cwd())!r}), and no released weights have that '
+            f'name{hint} The names are {", ".join(NAMES)}'
+        )
+    return path
