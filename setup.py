@@ -1,11 +1,71 @@
 """Package metadata. It never imports torch, so it also builds where torch is not installed yet."""
 
+import os
 import re
+import shutil
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Command, find_packages, setup
+from setuptools.command.build import build
 
 HERE = Path(__file__).resolve().parent
+MIM = 'vheat_mm/.mim'
+
+
+class BuildMim(Command):
+    """Put configs, tools and the model index where OpenMMLab's tools look for them: into ``vheat_mm/.mim``.
+
+    A wheel holds them as files. An editable install has relative links to them in the source tree.
+    """
+
+    description = 'configs, tools and model index below vheat_mm/.mim'
+    user_options = ()
+    editable_mode = False
+    NAMES = ('configs', 'tools', 'model-index.yml')
+    SUFFIXES = ('.py', '.sh', '.yml')
+
+    def initialize_options(self) -> None:
+        self.build_lib = None
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options('build_py', ('build_lib', 'build_lib'))
+
+    def get_source_files(self) -> list[str]:
+        """All files, relative to the source tree; an sdist holds them."""
+        found = [HERE / name for name in self.NAMES]
+        found += [path for top in found for path in sorted(top.rglob('*'))]
+        return [str(path.relative_to(HERE)) for path in found if path.is_file() and path.suffix in self.SUFFIXES]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {os.path.join(self.build_lib, MIM, source): source for source in self.get_source_files()}  # noqa: PTH118
+
+    def get_outputs(self) -> list[str]:
+        return list(self.get_output_mapping())
+
+    def run(self) -> None:
+        if self.editable_mode:
+            self._link()
+            return
+        shutil.rmtree(Path(self.build_lib, MIM), ignore_errors=True)  # an earlier build may hold what is renamed now
+        for target, source in self.get_output_mapping().items():
+            self.mkpath(str(Path(target).parent))
+            self.copy_file(source, target)
+
+    def _link(self) -> None:
+        try:
+            folder = HERE / MIM
+            folder.mkdir(exist_ok=True)
+            for name in self.NAMES:
+                link = folder / name
+                if not (link.is_symlink() and link.exists()):
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(Path('..', '..', name), target_is_directory=(HERE / name).is_dir())
+        except OSError as error:  # a read-only source tree; all but OpenMMLab's tools works without the links
+            self.warn(f'{MIM} not made, so configs cannot be found by name in this install: {error}')
+
+
+class Build(build):
+    sub_commands = [*build.sub_commands, ('build_mim', None)]  # noqa: RUF012
 
 
 def read_version() -> str:
@@ -62,5 +122,6 @@ setup(
         'Programming Language :: Python :: 3.12',
         'Topic :: Scientific/Engineering :: Image Recognition',
     ],
+    cmdclass={'build': Build, 'build_mim': BuildMim},
     zip_safe=False,
 )

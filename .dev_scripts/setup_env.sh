@@ -18,7 +18,7 @@ VENV="${1:-$REPO/.venv}"
 CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/vheat_mm"
 SECONDS=0
 
-step() { printf '[%s/5] %s\n' "$1" "$2"; }
+step() { printf '[%s/6] %s\n' "$1" "$2"; }
 die() { printf 'set-up: %s\n' "$@" >&2; exit 1; }
 python_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
 
@@ -91,7 +91,11 @@ pip install -qq --no-deps -r "$REPO/requirements/openmmlab.txt"
 step 4 "mmcv with compiled operators (requirements/mmcv.txt)"
 "$REPO/.dev_scripts/build_mmcv.sh" "$PY"
 
-step 5 "vheat_mm, editable"
+step 5 "libraries beside the stack, for tests (requirements/interop.txt)"
+rm -rf "$VENV/interop" # pip replaces nothing in a target folder without a warning for each package
+pip install -qq --no-deps --target "$VENV/interop" -r "$REPO/requirements/interop.txt"
+
+step 6 "vheat_mm, editable"
 pip install -qq --no-deps --no-build-isolation -e "$REPO"
 
 echo "$want" >"$STAMP"
