@@ -92,11 +92,7 @@ def load(name: str) -> ModuleType:
 
 @functools.cache
 def supported(distribution: str) -> SpecifierSet | None:
-    """Versions of a distribution that vheat_mm and the installed OpenMMLab libraries require.
-
-    Returns:
-        ``None`` if none of them says so, or no metadata can be read.
-    """
+    """Versions of a distribution that vheat_mm and the installed libraries require; ``None`` if nothing says so."""
     if SpecifierSet is None:
         return None
     found = []
@@ -139,12 +135,11 @@ def check_package(name: str, modules: tuple[str, ...], distribution: str, remedy
 
 def check_metadata() -> Row:
     """This package's own metadata, which says the supported versions."""
-    if version := distribution_version('vheat_mm'):
-        if SpecifierSet is not None:
-            return Row('vheat_mm', OK, version)
-        return Row('vheat_mm', WARN, f'{version}; supported versions are unknown', 'pip install packaging')
-    remedy = 'pip install -e . in the source folder'
-    return Row('vheat_mm', WARN, 'not installed: supported versions are unknown', remedy)
+    version = distribution_version('vheat_mm')
+    if version and SpecifierSet is not None:
+        return Row('vheat_mm', OK, version)
+    remedy = 'pip install packaging' if version else 'pip install -e . in the source folder'
+    return Row('vheat_mm', WARN, f'{version or "not installed"}: supported versions are unknown', remedy)
 
 
 def check_python() -> Row:
@@ -168,11 +163,8 @@ def check_torch() -> Row:
     if fault := range_fault('torch', version):
         return Row('PyTorch', BROKEN, f'{found}: {fault}', install('torch', '--upgrade '))
     if not devices and shutil.which('nvidia-smi'):
-        remedy = (
-            'nvidia-smi is here but torch sees no GPU: '
-            + ('the driver may be older than this CUDA' if cuda else 'this torch is a CPU build')
-            + "; pick a build at pytorch.org's install page"
-        )
+        why = 'the driver may be older than this CUDA' if cuda else 'this torch is a CPU build'
+        remedy = f"nvidia-smi is here but torch sees no GPU: {why}; pick a build at pytorch.org's install page"
         return Row('PyTorch', WARN, found, remedy)
     return Row('PyTorch', OK, found)
 
@@ -230,10 +222,8 @@ def check_torchvision() -> Row:
         remedy = 'install the torchvision that belongs to this torch'
         return Row('torchvision', BROKEN, f'{trouble}; {summary(error)}', remedy)
     found = f'{shimmed.__version__}, compiled for another torch build; works with ensure_torchvision()'
-    remedy = (
-        'tools/ of this repository need nothing; other programs: call '
-        'vheat_mm.utils.torchvision.ensure_torchvision() first, or install the matching torchvision'
-    )
+    call = 'vheat_mm.utils.torchvision.ensure_torchvision()'
+    remedy = f'tools/ need nothing; other programs: call {call} first, or install the matching torchvision'
     return Row('torchvision', WARN, found, remedy)
 
 
@@ -278,6 +268,16 @@ def check_library(name: str, distribution: str, task: str) -> Row:
     return replace(row, found='not installed') if row.status == MISSING else row
 
 
+def check_transformers() -> Row:
+    """transformers, which mmpretrain imports for its multi-modal models wherever it is installed."""
+    version, name = distribution_version('transformers'), 'transformers'
+    needed = version and distribution_version('mmpretrain')
+    if not needed or (fault := load('vheat_mm.utils.transformers').multimodal_fault()) is None:
+        return Row(name, OK, version or 'not installed, not needed')
+    remedy = f"tools/ need nothing; other programs: import vheat_mm before mmdet, or pip install '{fault[1]}'"
+    return Row(name, WARN, fault[0], remedy)
+
+
 def check_optional(name: str, use: str) -> Row:
     """An optional package, or one that another package forgets to require."""
     try:
@@ -315,8 +315,7 @@ def check_vheat() -> Row:
     backbone = MODELS.build(dict(type='VHeat', arch=arch, img_size=64))
     maps = backbone(torch.rand(1, 3, 64, 64))
     sum(m.square().mean() for m in maps).backward()
-    shapes = [tuple(m.shape[1:]) for m in maps]
-    if shapes != [(16 * 2**i, 16 // 2**i, 16 // 2**i) for i in range(4)]:
+    if (shapes := [tuple(m.shape[1:]) for m in maps]) != [(16 * 2**i, 16 // 2**i, 16 // 2**i) for i in range(4)]:
         return Row('VHeat', BROKEN, f'feature maps {shapes}', 'reinstall vheat_mm')
     return Row('VHeat', OK, 'builds from the registry, computes forward and backward')
 
@@ -339,6 +338,7 @@ CHECKS: dict[str, Callable[[], Row]] = {
     'mmdet': lambda: check_library('mmdet', 'mmdet', 'detection'),
     'mmseg': lambda: check_library('mmseg', 'mmsegmentation', 'segmentation'),
     'mmpretrain': lambda: check_library('mmpretrain', 'mmpretrain', 'classification'),
+    'transformers': check_transformers,
     'ftfy': lambda: check_optional('ftfy', 'mmseg imports it'),
     'regex': lambda: check_optional('regex', 'mmseg imports it'),
     'safetensors': lambda: check_optional('safetensors', 'for .safetensors files'),
