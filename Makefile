@@ -10,7 +10,7 @@ RUN := $(abspath $(VENV))/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seg test speed lint format doctor clean clean-env
+.PHONY: help setup demo demo-seg test speed lint package format doctor clean clean-env
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,11 +31,15 @@ test: setup ## all tests
 speed: setup ## limits on the time relative to Swin-T, on 2 idle CPU cores, about 6 minutes
 	@$(RUN) -m pytest tests/speed/speed.py
 
-lint: setup ## ruff, mypy, README's tables of models
+lint: setup ## ruff, mypy, README's tables of models, the built package
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 	@$(RUN) .dev_scripts/update_model_tables.py --check
+	@$(RUN) .dev_scripts/build_package.py
+
+package: setup ## sdist and wheel in dist, checked
+	@$(RUN) .dev_scripts/build_package.py dist
 
 format: setup ## let ruff rewrite what it can
 	@$(RUN) -m ruff check --fix .

@@ -1,11 +1,11 @@
-"""Package metadata. It never imports torch, so it also builds where torch is not installed yet."""
+"""What pyproject.toml cannot say: configs and tools in the package, and README as a package index can show it."""
 
 import os
 import re
 import shutil
 from pathlib import Path
 
-from setuptools import Command, find_packages, setup
+from setuptools import Command, setup
 from setuptools.command.build import build
 
 HERE = Path(__file__).resolve().parent
@@ -45,6 +45,7 @@ class BuildMim(Command):
     def run(self) -> None:
         if self.editable_mode:
             self._link()
+            self._name_place()
             return
         shutil.rmtree(Path(self.build_lib, MIM), ignore_errors=True)  # an earlier build may hold what is renamed now
         for target, source in self.get_output_mapping().items():
@@ -63,65 +64,31 @@ class BuildMim(Command):
         except OSError as error:  # a read-only source tree; all but OpenMMLab's tools works without the links
             self.warn(f'{MIM} not made, so configs cannot be found by name in this install: {error}')
 
+    def _name_place(self) -> None:
+        """Lead OpenMMLab's tools, which join the install's folder and the first line of this file, to the sources."""
+        for file in Path(self.get_finalized_command('install').install_lib).glob('*.dist-info/top_level.txt'):
+            file.write_text(f'{HERE / "vheat_mm"}\nvheat_mm\n', encoding='utf-8')
+
 
 class Build(build):
     sub_commands = [*build.sub_commands, ('build_mim', None)]  # noqa: RUF012
 
 
-def read_version() -> str:
-    """Return the literal in ``vheat_mm/version.py`` without importing the package."""
-    text = (HERE / 'vheat_mm' / 'version.py').read_text(encoding='utf-8')
-    match = re.search(r"^__version__ = '([^']+)'$", text, flags=re.MULTILINE)
-    if match is None:
-        raise RuntimeError("vheat_mm/version.py holds no line `__version__ = '...'`")
-    return match.group(1)
+def description() -> str:
+    """README without links that only the repository resolves: a package index shows the file's name instead."""
 
+    def plain(link: re.Match) -> str:
+        code, image, text, target = link.groups()
+        if code or target.startswith(('https://', 'http://', '#')):
+            return link[0]
+        return '' if image else text if target in text else f'{text} ({target})'
 
-def read_readme() -> str:
-    readme = HERE / 'README.md'
-    return readme.read_text(encoding='utf-8') if readme.is_file() else ''
+    readme = (HERE / 'README.md').read_text(encoding='utf-8')
+    return re.sub(r'(```.*?```)|(!?)\[([^]]*)\]\(([^)\s]+)\)', plain, readme, flags=re.DOTALL)
 
-
-# mmcv is in no extra on purpose: its compiled ops must match the torch that is already there, and
-# pip's isolated build would build an mmcv without them, without a warning. `python -m vheat_mm.doctor`
-# shows what is missing and how to install it.
-EXTRAS = {
-    'det': ['mmdet>=3.1.0,<3.4.0'],
-    # mmseg imports ftfy and regex but does not list them as requirements.
-    'seg': ['mmsegmentation>=1.1.0,<1.3.0', 'ftfy', 'regex'],
-    'cls': ['mmpretrain>=1.1.0,<1.3.0'],
-    'hub': ['safetensors>=0.4', 'huggingface_hub>=1.0'],
-    'demo': ['scikit-image>=0.22', 'scipy>=1.10', 'pycocotools>=2.0.7', 'matplotlib>=3.7'],
-    'dev': ['pytest>=8', 'pytest-benchmark>=4', 'scipy>=1.10', 'ruff>=0.9', 'mypy>=1.10', 'pre-commit>=3.5'],
-    # torch's CUDA builds bring it; on the CPU its interpreter runs the kernels' tests
-    'triton': ['triton>=3.7'],
-}
-EXTRAS['all'] = sorted({name for group in ('det', 'seg', 'cls', 'hub') for name in EXTRAS[group]})
 
 setup(
-    name='vheat_mm',
-    version=read_version(),
-    description='vHeat (visual heat conduction) backbones for MMDetection, MMSegmentation and MMPretrain',
-    long_description=read_readme(),
+    long_description=description(),
     long_description_content_type='text/markdown',
-    license='Apache-2.0',
-    license_files=['LICENSE'],
-    packages=find_packages(include=['vheat_mm', 'vheat_mm.*']),
-    scripts=['interpolate4downstream.py'],
-    python_requires='>=3.10',
-    install_requires=['torch>=2.1', 'mmengine>=0.10.4,<1.0.0'],
-    extras_require=EXTRAS,
-    keywords=['vHeat', 'OpenMMLab', 'object detection', 'semantic segmentation', 'backbone'],
-    classifiers=[
-        'Development Status :: 4 - Beta',
-        'Intended Audience :: Science/Research',
-        'Operating System :: OS Independent',
-        'Programming Language :: Python :: 3',
-        'Programming Language :: Python :: 3.10',
-        'Programming Language :: Python :: 3.11',
-        'Programming Language :: Python :: 3.12',
-        'Topic :: Scientific/Engineering :: Image Recognition',
-    ],
     cmdclass={'build': Build, 'build_mim': BuildMim},
-    zip_safe=False,
 )

@@ -38,7 +38,7 @@ want="$("$PYTHON" - "$REPO" "$found" <<'PY'
 import hashlib, pathlib, sys
 repo = pathlib.Path(sys.argv[1])
 digest = hashlib.sha256(repr(sys.argv[1:]).encode())
-for path in [*sorted(repo.glob('requirements/*.txt')), repo / 'setup.py']:
+for path in [*sorted(repo.glob('requirements/*.txt')), repo / 'setup.py', repo / 'pyproject.toml']:
     digest.update(path.name.encode() + path.read_bytes())
 print(digest.hexdigest())
 PY

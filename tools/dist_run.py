@@ -32,7 +32,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-PROCESS = runpy.run_path(str(Path(__file__).resolve().parents[1] / 'vheat_mm' / 'utils' / 'process.py'))
+ROOT = Path(__file__).resolve().parents[1]  # the repository, or vheat_mm/.mim of an installed package
+PACKAGE = ROOT.parent if ROOT.name == '.mim' else ROOT / 'vheat_mm'
+PROCESS = runpy.run_path(str(PACKAGE / 'utils' / 'process.py'))
 REQUEUE = PROCESS['REQUEUE']
 USER_ERROR = 2  # of vheat_mm.apis.errors, which needs torch
 SIOCGIFADDR = 0x8915  # of netdevice(7)

@@ -4,10 +4,11 @@ import runpy
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # if the package is not installed
+ROOT = Path(__file__).resolve().parents[1]  # the repository, or vheat_mm/.mim of an installed package
+PACKAGE = ROOT.parent if ROOT.name == '.mim' else ROOT / 'vheat_mm'
+sys.path.append(str(PACKAGE.parent))  # if the package is not installed
 # Signals are handled from now on, while torch is imported.
-runpy.run_path(str(ROOT / 'vheat_mm' / 'utils' / 'process.py'))['prepare_start'](training=True)
+runpy.run_path(str(PACKAGE / 'utils' / 'process.py'))['prepare_start'](training=True)
 
 from vheat_mm.apis.train_test import exit_process, run_training  # noqa: E402
 

@@ -1,6 +1,6 @@
 """Environment check: which packages work on this machine, and how to repair those that do not.
 
-    python -m vheat_mm.doctor [--json]
+    vheat-doctor [--json], python -m vheat_mm.doctor [--json]
 
 The exit status is 0 if the core works (Python, PyTorch, MMEngine, the VHeat backbone) and 1 otherwise; each of the
 OpenMMLab libraries is needed for its task only and does not change it. Packages are used, not only looked up: operators
@@ -374,7 +374,7 @@ def table(rows: list[Row]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog='python -m vheat_mm.doctor',
+        prog='vheat-doctor',
         description='Check which packages work on this machine, and how to repair those that do not.',
     )
     parser.add_argument('--json', action='store_true', help='machine-readable output')
