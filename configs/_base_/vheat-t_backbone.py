@@ -4,5 +4,5 @@ vheat = dict(
     type='VHeat',
     arch='tiny',
     img_size=512,  # grid of the frequency value embeddings; images may have any size
-    init_cfg=dict(type='Pretrained', checkpoint='checkpoints/vheat_tiny_512.pth'),
+    init_cfg=dict(type='Pretrained', checkpoint='vheat_tiny'),
 )

@@ -3,4 +3,4 @@ model = dict(
     backbone=dict(arch='base'),
     head=dict(in_channels=1024),
 )
-load_from = 'checkpoints/vheat_base_384.pth'
+load_from = 'vheat_base'

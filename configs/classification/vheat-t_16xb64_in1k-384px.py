@@ -1,6 +1,6 @@
 _base_ = './vheat-t_16xb128_in1k.py'
 model = dict(backbone=dict(img_size=384, drop_path_rate=0.1))
-load_from = 'checkpoints/vheat_tiny_384.pth'  # 224-pixel classifier after interpolate4downstream.py --tg_size 384
+load_from = 'vheat_tiny'  # the released classifier of 224 pixels; its frequency value embeddings grow when loaded
 
 # Swin's recipe for larger images: augmentation as before, 30 epochs of batch 1024 at a constant rate
 train_pipeline = _base_.train_pipeline

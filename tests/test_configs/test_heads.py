@@ -23,7 +23,6 @@ from torch.utils.data import Dataset
 from vheat_mm import VHeat
 from vheat_mm.engine.hooks import CompileBackboneHook
 from vheat_mm.engine.optimizers.layer_decay import LayerDecayOptimWrapperConstructor
-from vheat_mm.models.resize_weights import resize_checkpoint, write_resized
 
 DOCS = Path(__file__).parents[2] / 'docs' / 'recipes.md'
 # config -> (learning rate, its factor in the backbone, weight decay, backbone parameters without decay)
@@ -72,14 +71,13 @@ def test_config(name):
     assert not left_over
     if task(name) == 'classification':
         assert backbone.img_size == 384
-        assert cfg.load_from == f'checkpoints/vheat_{backbone.arch}_384.pth'
+        assert cfg.load_from == f'vheat_{backbone.arch}'
         assert (cfg.param_scheduler, cfg.train_cfg.max_epochs) == (None, 30)
         sizes = re.findall(r"'(?:scale|crop_size)': (\d+)", str([cfg.train_dataloader, cfg.test_dataloader]))
         assert sizes == ['384', '384']
         assert cfg.val_dataloader.dataset.pipeline == cfg.test_dataloader.dataset.pipeline
     else:
         assert backbone.img_size == 512
-        assert backbone.init_cfg == dict(type='Pretrained', checkpoint='checkpoints/vheat_tiny_512.pth')
     assert cfg.auto_scale_lr.base_batch_size == (1024 if task(name) == 'classification' else 16)
     assert cfg.train_dataloader.batch_size == (64 if task(name) == 'classification' else 2)
     if HEADS[name] in (AS_SWIN_DET, AS_SWIN_SEG):
@@ -136,17 +134,18 @@ def test_takes_a_step(name):
     assert len(model.val_step(batch)) == 2
 
 
-def test_classifier_of_224_starts_at_384(tmp_path):
-    """All its weights arrive, head included; the new entries of the grown embeddings are zero."""
+def test_classifier_of_224_starts_at_384(tmp_path, monkeypatch):
+    """All weights of the released one arrive by name, head included; new entries of the embeddings are zero."""
     small, large = (load(name) for name in (CLASSIFIER, 'classification/vheat-t_16xb64_in1k-384px.py'))
     trained = narrow_model(small).state_dict()
-    torch.save(dict(state_dict=trained), tmp_path / 'small.pth')
-    resized = resize_checkpoint(str(tmp_path / 'small.pth'), (64, 64), (96, 96), 'pad')
-    write_resized(resized, str(tmp_path / 'large.pth'))
+    spelled = {'backbone.outnorm3': 'classifier.0', 'head.fc': 'classifier.3', 'backbone.': ''}
+    released = {re.sub('|'.join(spelled), lambda found: spelled[found[0]], key): trained[key] for key in trained}
+    torch.save(dict(model=released), tmp_path / 'vHeat_tiny.pth')
+    monkeypatch.setenv('VHEAT_WEIGHTS', str(tmp_path))
     narrow(large.model)
     large.model.backbone.img_size = 96
     large.custom_hooks.append(dict(type='CheckpointCheckHook'))
-    _, weights = train(large, tmp_path / 'run', 1, load_from=str(tmp_path / 'large.pth'))
+    _, weights = train(large, tmp_path / 'run', 1, load_from=large.load_from)
     for key, value in weights[0].items():
         grid = trained[key].shape
         torch.testing.assert_close(value[tuple(map(slice, grid))], trained[key], rtol=0, atol=0)
