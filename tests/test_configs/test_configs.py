@@ -10,7 +10,9 @@ from config_models import CONFIGS, load, task
 from mmengine.hub import get_config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
+from stand_ins import released_state, write_release
 
+import interpolate4downstream
 from vheat_mm.utils.torchvision import ensure_torchvision
 
 mmdet = pytest.importorskip('mmdet')
@@ -36,12 +38,15 @@ RECIPES = {
 # Swin's configs, each with the vHeat config from which it differs in the backbone only
 BASELINES = {
     f'{task}/{name.format(f"swin-{size}")}.py': f'{task}/{name.format(f"vheat-{size}")}.py'
-    for task, name in (
-        ('detection', 'mask-rcnn_{}_fpn_1x_coco'),
-        ('segmentation', '{}_upernet_8xb2-160k_ade20k-512x512'),
+    for task, name, sizes in (
+        ('detection', 'mask-rcnn_{}_fpn_1x_coco', 'tsb'),
+        ('detection', 'mask-rcnn_{}_fpn_ms-crop-3x_coco', 'ts'),
+        ('segmentation', '{}_upernet_8xb2-160k_ade20k-512x512', 'tsb'),
     )
-    for size in 'tsb'
+    for size in sizes
 }
+# mmpretrain's own, whose recipe is not vHeat's
+SWIN_CLASSIFIERS = {f'classification/swin-{size}_16xb64_in1k.py' for size in 'tsb'}
 # Plain variables that came with the bases: once a config is read, nothing looks at them.
 VARIABLES = {'vheat', 'pretrained', 'checkpoint', 'checkpoint_file'}
 # Swin's rules in the paramwise_cfg that ours inherit; vHeat has no such parameters.
@@ -60,7 +65,42 @@ def test_every_leaf_config_is_in_the_table():
     leaves = {str(p.relative_to(CONFIGS)) for t in SWIN for p in (CONFIGS / t).glob('*.py')}
     from test_heads import HEADS
 
-    assert leaves == set(RECIPES) | set(BASELINES) | set(HEADS)
+    assert leaves == set(RECIPES) | set(BASELINES) | set(HEADS) | SWIN_CLASSIFIERS
+
+
+@pytest.mark.parametrize('name', sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob('[!_d]*/*vheat*.py')))
+def test_starts_from_the_released_classifier_of_its_size(name):
+    cfg = load(name)
+    backbone = cfg.model.backbone
+    given = [cfg.get('load_from'), backbone.get('init_cfg')]
+    initial = dict(type='Pretrained', checkpoint=f'vheat_{backbone.arch}')
+    if task(name) == 'classification':
+        assert given == [f'vheat_{backbone.arch}' if '384px' in name else None, None]
+    else:
+        assert given == [None, initial]
+
+
+@pytest.mark.parametrize(
+    'name',
+    ['detection/mask-rcnn_vheat-t_fpn_1x_coco.py', 'segmentation/vheat-b_upernet_8xb2-160k_ade20k-512x512.py'],
+)
+def test_loading_by_name_equals_the_resize_tool(name, tmp_path, monkeypatch):
+    cfg = load(name).model.backbone
+    released = cfg.init_cfg.checkpoint
+    monkeypatch.setenv('VHEAT_WEIGHTS', str(write_release(tmp_path, [released])))
+    resized = str(tmp_path / 'resized.pth')
+    assert interpolate4downstream.main(['--pt_pth', released, '--tg_pth', resized, '--tg_size', '512']) == 0
+    by_name, by_hand = MODELS.build(cfg), MODELS.build(cfg | dict(init_cfg=dict(type='Pretrained', checkpoint=resized)))
+    for model in (by_name, by_hand):
+        model.init_weights()
+    given = released_state(released)
+    for key, value in by_name.state_dict().items():
+        assert torch.equal(value, by_hand.state_dict()[key]), key
+        if key.startswith('freq_embed'):
+            height, width, _ = given[key].shape
+            assert value.shape[:2] == (-(-height * 512 // 224), -(-width * 512 // 224))
+            assert torch.equal(value[:height, :width], given[key])
+            assert value[height:].count_nonzero() == value[:, width:].count_nonzero() == 0
 
 
 @pytest.mark.parametrize('name', BASELINES)
