@@ -163,7 +163,7 @@ def without(state: dict, key: str) -> dict:
 BAD_FILES = {
     'missing': (None, 'no checkpoint at .*missing'),
     'empty': (lambda path, state: path.touch(), 'empty'),
-    'folder': (lambda path, state: path.mkdir(), 'not a file'),
+    'folder': (lambda path, state: path.mkdir(), 'not a file but a folder without model.safetensors'),
     'text': (lambda path, state: path.write_text('hello'), 'corrupt'),
     'truncated': (
         lambda path, state: (torch.save(dict(model=state), path), os.truncate(path, path.stat().st_size // 2)),

@@ -25,6 +25,7 @@ from torch import Tensor
 from vheat_mm.checkpoint.download import download
 from vheat_mm.checkpoint.released import resolve
 from vheat_mm.checkpoint.safe_globals import register_safe_globals
+from vheat_mm.checkpoint.sharded import INDEX, find_file, read_shards
 from vheat_mm.checkpoint.verify import check_content, check_safetensors, open_file, verify
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.text import first_line
@@ -35,19 +36,27 @@ PARTIAL = '.part'  # suffix of files while they are written
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a checkpoint file onto the CPU without running any code from it.
+    """Read a checkpoint onto the CPU without running any code from it.
 
     Args:
         path: Local path, http(s) URL (downloaded once, into PyTorch's hub cache, under a name of its own for each
-            address), or a name of :mod:`vheat_mm.checkpoint.released`.
+            address), or a name of :mod:`vheat_mm.checkpoint.released`. A path may name the index of a checkpoint in
+            several files, or a folder: see :mod:`vheat_mm.checkpoint.sharded`.
 
     Raises:
         CheckpointError: The file is missing, truncated or corrupt, or holds a class that is not on the list of allowed
             ones.
     """
     name = os.fspath(path)
-    place = resolve(name)
-    with open_file(str(_download(place)) if re.match(r'https?://', place) else place) as stream:
+    place = find_file(resolve(name))
+    if re.match(r'https?://', place):
+        return _read_file(str(_download(place)), name)
+    return read_shards(place, name, _read_file) if place.endswith(INDEX) else _read_file(place, name)
+
+
+def _read_file(path: str, name: str) -> dict[str, Any]:
+    """Read one local file; ``name`` is for errors."""
+    with open_file(path) as stream:
         if stream.name.endswith('.safetensors'):
             check_safetensors(stream, name)
             return _read_safetensors(Path(stream.name))
