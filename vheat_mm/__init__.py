@@ -8,6 +8,7 @@ from vheat_mm import engine as engine
 from vheat_mm import models as models
 from vheat_mm.apis.model_zoo import create_model, list_models
 from vheat_mm.checkpoint.safe_globals import register_safe_globals
+from vheat_mm.engine.by_name import config_path
 from vheat_mm.models.vheat import VHeat
 from vheat_mm.utils.transformers import mend_mmpretrain
 from vheat_mm.version import __version__
@@ -15,4 +16,4 @@ from vheat_mm.version import __version__
 register_safe_globals()
 mend_mmpretrain()
 
-__all__ = ['VHeat', '__version__', 'create_model', 'list_models']
+__all__ = ['VHeat', '__version__', 'config_path', 'create_model', 'list_models']

@@ -3,5 +3,6 @@
 ``strategies`` needs PyTorch's FSDP, so it is not imported here; configs import ``vheat_mm.fsdp``.
 """
 
+from vheat_mm.engine import by_name as by_name
 from vheat_mm.engine import hooks as hooks
 from vheat_mm.engine import optimizers as optimizers

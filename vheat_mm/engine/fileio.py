@@ -11,6 +11,8 @@ import functools
 import io
 import logging
 import mimetypes
+import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,10 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 
 from vheat_mm.checkpoint.io import atomic_file, read_checkpoint
+from vheat_mm.checkpoint.released import BASE, RELEASED
 from vheat_mm.datasets.checks.images import read_header, read_image, refuse_size
-from vheat_mm.models.pretrained_init import replace_pretrained_init
+from vheat_mm.models.pretrained_init import replace_pretrained_init, to_mmengine
+from vheat_mm.models.weights import SOURCE
 from vheat_mm.utils.files import open_regular, read_regular
 
 _said: set[str] = set()
@@ -79,8 +83,25 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
     return checkpoint
 
 
+def load_from_release(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """MMEngine's checkpoint loader for published weights, by name or address of the release: under MMEngine's keys.
+
+    Args:
+        filename: See :data:`vheat_mm.checkpoint.released.RELEASED`.
+        map_location: Ignored, as by :func:`load_from_local`.
+    """
+    checkpoint = load_from_local(filename)
+    found = to_mmengine(checkpoint, None, filename)
+    state: Any = OrderedDict(found)
+    state._metadata = {**getattr(found, '_metadata', {}), 'backbone': {'version': 1, SOURCE: filename}}
+    return {'state_dict': state, 'meta': checkpoint.get('meta', {})}
+
+
 for _prefix, _loader in list(CheckpointLoader._schemes.items()):
     CheckpointLoader.register_scheme(_prefix, _without_code(_loader), force=True)
+# MMEngine takes the first pattern that matches, in reverse order: the release's address comes before 'https://'.
+_NAMES = '|'.join(map(re.escape, RELEASED))
+CheckpointLoader.register_scheme((rf'({_NAMES})$', re.escape(BASE)), load_from_release)
 replace_pretrained_init(everywhere=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from mmengine.logging import print_log
 from mmengine.model import PretrainedInit, update_init_info
 from mmengine.runner import CheckpointLoader
@@ -79,16 +80,22 @@ def load_initial(module: nn.Module, path: str, prefix: str | None = None) -> Non
 
 
 def to_mmengine(
-    checkpoint: dict[str, Any], own: StateDict, path: str, ema: bool = False, finetune: bool = False
+    checkpoint: dict[str, Any], own: StateDict | None, path: str, ema: bool = False, finetune: bool = False
 ) -> dict[str, Any]:
-    """The weights in a checkpoint for a model whose state dict is ``own``, under MMEngine's keys.
+    """The weights in a checkpoint for a model, under MMEngine's keys.
 
-    ``finetune``: the first convolution is fitted to images of another number of bands.
+    Args:
+        checkpoint: What :func:`~vheat_mm.checkpoint.read_checkpoint` returns.
+        own: State dict of the model, ``None`` for one with a vHeat that is not known yet.
+        path: Named in errors.
+        ema: See :func:`~vheat_mm.models.find_weights.find_weights`.
+        finetune: Fit the first convolution to images of another number of bands; needs ``own``.
 
     Raises:
         CheckpointError: The model holds a vHeat, and the checkpoint's is none or damaged; keys are not names.
     """
     state = _named_entry(checkpoint, path)
+    own = {_ANCHOR_OF_MODEL: torch.empty(0)} if own is None else own
     if _ANCHOR_OF_MODEL not in own:
         return state
     if not own.keys() & state.keys():  # keys of another format, or another model

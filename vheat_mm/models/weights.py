@@ -17,6 +17,7 @@ from vheat_mm.ops.freq_embed import NUM_STAGES, resize_freq_embed
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.text import first_line, format_shape, some_of
 
+SOURCE = 'vheat_mm.source'  # key of a backbone's metadata in a state dict: what its weights were read from
 _FREQ_EMBED = re.compile(r'(?:.+\.)?freq_embed\.\d')
 _OUT_NORM = re.compile(r'(?:backbone\.)?outnorm\d\.')
 _STAGE = re.compile(r'(?:layers|freq_embed)\.(\d)(?:\.|$)')
@@ -259,7 +260,7 @@ def load_pretrained(
     path = os.fspath(checkpoint)
     weights = find_weights(read_checkpoint(path), path, prefix, ema)
     own = model.state_dict()
-    variant = _check_variant(weights, own)
+    variant = _check_variant(weights.backbone, own, repr(path))
     backbone, note = adapt_bands(weights.backbone, own, path)
     found = compare(backbone, own, backbone='')
     wrong = found.without(_OUT_NORM.match)
@@ -304,8 +305,18 @@ def load_fitting(module: nn.Module, state: StateDict) -> None:
     module.load_state_dict({k: v for k, v in state.items() if k in found.own and k not in found.reshaped}, strict=False)
 
 
-def resize_loaded_freq_embeds(model: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
-    """Load hook of :class:`~vheat_mm.VHeat`: pad or crop FVEs of another grid, and log it."""
+def resize_loaded_freq_embeds(
+    model: nn.Module, state_dict: dict, prefix: str, local_metadata: dict, *_: object
+) -> None:
+    """Load hook of :class:`~vheat_mm.VHeat`: pad or crop FVEs of another grid, and log it.
+
+    Raises:
+        VariantError: Published weights, whose name a loader wrote into the metadata, are another variant's: MMEngine
+            would leave out what does not fit.
+    """
+    if SOURCE in local_metadata:
+        backbone = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        _check_variant(backbone, model.state_dict(), repr(local_metadata[SOURCE]))
     for name, own in model.named_parameters():
         key = f'{prefix}{name}'
         value = state_dict.get(key)
@@ -315,17 +326,17 @@ def resize_loaded_freq_embeds(model: nn.Module, state_dict: dict, prefix: str, *
         print_log(f'{key}: resized (pad) {format_shape(value.shape)} -> {format_shape(own.shape)}', logger='current')
 
 
-def _check_variant(weights: Weights, own: StateDict) -> Variant:
-    """Refuse a checkpoint of another variant than the model's, which is returned."""
-    found, expected = Variant.of(weights.backbone), Variant.of(own)
+def _check_variant(backbone: StateDict, own: StateDict, source: str) -> Variant:
+    """Refuse a backbone of another variant than the model's, which is returned."""
+    found, expected = Variant.of(backbone), Variant.of(own)
     if found.deployed != expected.deployed:
         raise CheckpointError(
-            f'{weights.path!r} is re-parameterised and the model is not: call switch_to_deploy() on it before loading'
+            f'{source} is re-parameterised and the model is not: call switch_to_deploy() on it before loading'
             if found.deployed
-            else f'{weights.path!r} is not re-parameterised and the model is: load before calling switch_to_deploy()'
+            else f'{source} is not re-parameterised and the model is: load before calling switch_to_deploy()'
         )
     same_stages = found.depths[: len(expected.depths)] == expected.depths
     if (found.embed_dims, found.layer_scale) != (expected.embed_dims, expected.layer_scale) or not same_stages:
         remedy = f"set arch={found.arch!r}, or take this model's checkpoint" if found.arch else 'set arch to match'
-        raise VariantError(f'{weights.path!r} holds {found}, but the model is {expected}: {remedy}', found.arch)
+        raise VariantError(f'{source} holds {found}, but the model is {expected}: {remedy}', found.arch)
     return expected

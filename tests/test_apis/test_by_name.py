@@ -1,0 +1,180 @@
+"""Configs, models and published weights by name in MMEngine, mmdet, mmseg and mmpretrain."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hub import get_config, get_model
+from mmengine.registry import MODELS
+from mmengine.runner import load_checkpoint
+from stand_ins import write_release
+
+import vheat_mm
+from vheat_mm.utils.errors import CheckpointError
+from vheat_mm.utils.torchvision import ensure_torchvision
+
+PACKAGE = Path(vheat_mm.__file__).parent
+DETECTOR, SEGMENTOR = 'mask-rcnn_vheat-t_fpn_1x_coco', 'vheat-t_upernet_8xb2-160k_ade20k-512x512'
+CLASSIFIER = 'vheat-t_16xb128_in1k'
+DETECTION = f'detection/{DETECTOR}.py'
+ensure_torchvision()
+
+pytestmark = pytest.mark.usefixtures('own_scope')
+
+
+@pytest.fixture(scope='module')
+def release(tmp_path_factory) -> Path:
+    for library in ('mmdet', 'mmseg', 'mmpretrain'):
+        pytest.importorskip(library)
+    return write_release(tmp_path_factory.mktemp('release'), ['vheat_tiny', 'vheat_small', DETECTOR, SEGMENTOR])
+
+
+@pytest.fixture
+def weights(release, monkeypatch):
+    """The state dict in a stand-in for published weights, which come from there."""
+    monkeypatch.setenv('VHEAT_WEIGHTS', str(release))
+
+    def read(path: str) -> dict[str, torch.Tensor]:
+        checkpoint = torch.load(release / path)
+        return checkpoint.get('model', checkpoint.get('state_dict'))
+
+    return read
+
+
+def assert_same(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    own = model.state_dict()
+    assert own.keys() == state.keys()
+    assert all(torch.equal(own[key], state[key]) for key in own)
+
+
+def run(code: str, *arguments: object, **environment: str) -> str:
+    """Output of Python code in a process that has imported nothing."""
+    variables = os.environ | dict(PYTHONPATH=str(PACKAGE.parent), OMP_NUM_THREADS='1') | environment
+    command = [sys.executable, '-W', 'ignore', '-c', textwrap.dedent(code), *map(str, arguments)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def write(folder: Path, base: str, rest: str = '') -> Path:
+    path = folder / 'mine.py'
+    path.write_text(f'_base_ = {base}\n{rest}')
+    return path
+
+
+def test_a_base_by_name(tmp_path):
+    pytest.importorskip('mmdet')
+    cfg = Config.fromfile(write(tmp_path, [f'vheat_mm::{DETECTION}'], 'hooks = _base_.default_hooks\n'))
+    plain = Config.fromfile(vheat_mm.config_path(DETECTION))
+    assert cfg.model == plain.model
+    assert cfg.hooks.checkpoint == plain.default_hooks.checkpoint  # without a scope, which MMEngine could not import
+    assert cfg.hooks.timer['_scope_'] == 'mmdet'  # of the base of the base, as ever
+
+
+@pytest.mark.parametrize(
+    ('name', 'remedy'),
+    [
+        (f'{DETECTOR}.py', f"did you mean '{DETECTION}'"),
+        (DETECTION.replace('vheat-t', 'vheat-l'), "did you mean 'detection/mask-rcnn_vheat-"),
+        ('../../pyproject.toml', 'vheat_mm has no config'),
+    ],
+)
+def test_a_wrong_name_of_a_config(tmp_path, name, remedy):
+    with pytest.raises(FileNotFoundError, match=remedy):
+        Config.fromfile(write(tmp_path, repr(f'vheat_mm::{name}')))
+    with pytest.raises(FileNotFoundError, match=remedy):
+        vheat_mm.config_path(name)
+
+
+def test_a_config_that_a_foreign_tool_reads_before_the_import(tmp_path):
+    """The form for it, in a process that imports MMEngine alone, also written and read again as a run does."""
+    pytest.importorskip('mmdet')
+    base = f"__import__('vheat_mm').config_path({DETECTION!r})"
+    config = write(tmp_path, base, 'model = dict(backbone=dict(drop_path_rate=0.2))\n')
+    pure = tmp_path / 'pure.py'
+    pure.write_text(
+        f'from mmengine.config import Config\n\nbase = Config.fromfile({base})\nmodel = base.model\n'
+        "model.backbone.drop_path_rate = 0.2\ndefault_scope = 'mmdet'\ndel base\n"
+    )
+    code = """
+        import sys
+        from mmengine.config import Config
+        assert 'vheat_mm' not in sys.modules
+        cfg = Config.fromfile(sys.argv[1])
+        assert cfg.model.backbone.type == 'VHeat' and cfg.model.backbone.drop_path_rate == 0.2
+        cfg.dump(sys.argv[1] + '.dumped.py')
+        assert Config.fromfile(sys.argv[1] + '.dumped.py').to_dict() == cfg.to_dict()
+        assert Config.fromfile(sys.argv[2]).model == cfg.model
+    """
+    run(code, config, pure)
+
+
+def test_hub(weights):
+    cfg = get_config(f'vheat_mm::{DETECTION}', pretrained=True)
+    assert cfg.model_path == 'https://github.com/MzeroMiko/vHeat/releases/download/vheatdet/vHeat_tiny_det.pth'
+    assert_same(get_model(f'vheat_mm::{DETECTION}', pretrained=True), weights('vheatdet/vHeat_tiny_det.pth'))
+    model = get_model(f'vheat_mm::classification/{CLASSIFIER}.py', pretrained=True)
+    published = weights('vheatcls/vHeat_tiny.pth')
+    assert torch.equal(model.head.fc.weight, published['classifier.3.weight'])
+    assert torch.equal(model.backbone.outnorm3.weight, published['classifier.0.weight'])
+    with pytest.raises(
+        CheckpointError, match=r'no weights are published for .*retinanet.*others are: .*mask-rcnn_vheat-t'
+    ):
+        get_model('vheat_mm::detection/retinanet_vheat-t_fpn_1x_coco.py', pretrained=True)
+
+
+def test_detector(weights):
+    apis = pytest.importorskip('mmdet.apis')
+    assert DETECTOR in apis.DetInferencer.list_models('mmdet')
+    published = weights('vheatdet/vHeat_tiny_det.pth')
+    assert_same(apis.DetInferencer(DETECTOR, device='cpu').model, published)
+    model = apis.init_detector(vheat_mm.config_path(DETECTION), DETECTOR, device='cpu')
+    assert_same(model, published)
+
+
+def test_segmentor(weights):
+    apis = pytest.importorskip('mmseg.apis')
+    assert SEGMENTOR in apis.MMSegInferencer.list_models('mmseg')
+    assert DETECTOR not in apis.MMSegInferencer.list_models('mmseg')
+    published = weights('vheatseg/vHeat_tiny_seg.pth')
+    assert_same(apis.MMSegInferencer(SEGMENTOR, device='cpu').model, published)
+
+
+def test_weights_of_another_variant_by_name(weights):
+    """MMEngine would log a warning, and go on with random weights."""
+    model = MODELS.build(get_config(f'vheat_mm::classification/{CLASSIFIER}.py').model)
+    with pytest.raises(CheckpointError, match=r"'vheat_small' holds vHeat-small .* but the model is vHeat-tiny"):
+        load_checkpoint(model, 'vheat_small')
+
+
+@pytest.mark.parametrize('first', ['mmpretrain', 'vheat_mm'])
+def test_classifier(release, first):
+    """In either order of the imports."""
+    code = f"""
+        import sys
+        import numpy as np
+        import torch
+        import {first}
+        import vheat_mm
+        from vheat_mm.utils.torchvision import ensure_torchvision
+        ensure_torchvision()
+        import mmpretrain
+        name = {CLASSIFIER!r}
+        assert name in mmpretrain.list_models('*vheat*') and len(mmpretrain.list_models('vheat*')) == 6
+        assert 'swin-tiny_16xb64_in1k' in mmpretrain.list_models()
+        weights = torch.load(sys.argv[1])['model']
+        model = mmpretrain.get_model(name, pretrained=True)
+        assert torch.equal(model.head.fc.weight, weights['classifier.3.weight'])
+        assert torch.equal(model.backbone.outnorm3.weight, weights['classifier.0.weight'])
+        image = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+        inferencer = mmpretrain.ImageClassificationInferencer(name)
+        result = inferencer(image)[0]
+        assert result['pred_class'] == mmpretrain.inference_model(name, image)['pred_class']
+        assert mmpretrain.FeatureExtractor(name)(image)[0][0].shape == (768,)
+    """
+    run(code, release / 'vheatcls/vHeat_tiny.pth', VHEAT_WEIGHTS=str(release))

@@ -1,0 +1,117 @@
+"""Configs and models of this package by name in OpenMMLab's libraries.
+
+Importing this module makes MMEngine take ``_base_ = 'vheat_mm::detection/...'`` and ``mmengine.hub``'s
+``'vheat_mm::...'``, and the libraries' inferencers and MMPreTrain's model list take the names of our configs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mmengine.hub
+from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.fileio import load
+from mmengine.hub import hub
+from mmengine.infer import BaseInferencer
+
+from vheat_mm.checkpoint.released import RELEASES, find_released
+from vheat_mm.utils.config_place import did_you_mean
+from vheat_mm.utils.errors import CheckpointError
+from vheat_mm.utils.when_imported import when_imported
+
+_PREFIX = 'vheat_mm::'
+_PACKAGE = Path(__file__).parents[1]
+_FOLDERS = dict(mmpretrain='classification', mmdet='detection', mmseg='segmentation')  # library -> folder of configs/
+
+
+def _root() -> Path:
+    """The folder of configs/ and model-index.yml: OpenMMLab's ``.mim``, or a clone that was not installed."""
+    mim = _PACKAGE / '.mim'
+    return mim if (mim / 'configs').is_dir() else _PACKAGE.parent
+
+
+def config_path(name: str) -> str:
+    """Absolute path of a config of this package.
+
+    ``_base_ = __import__('vheat_mm').config_path('detection/...py')`` works in configs that are read by programs which
+    do not import this package; elsewhere ``_base_ = 'vheat_mm::detection/...py'`` is shorter.
+
+    Args:
+        name: Path below ``configs/``.
+
+    Raises:
+        FileNotFoundError: There is no such config.
+    """
+    folder = _root() / 'configs'
+    path = folder / name
+    if path.suffix == '.py' and path.is_file():
+        return str(path)
+    known = sorted(file.relative_to(folder).as_posix() for file in folder.glob('[!_]*/*.py'))
+    by_stem = {Path(file).stem: file for file in known}
+    hint = f', did you mean {by_stem[path.stem]!r}?' if path.stem in by_stem else did_you_mean(name, known)
+    if not known:
+        hint = '; the package was installed without its configs, install it again: pip install vheat_mm'
+    raise FileNotFoundError(f'vheat_mm has no config {name!r} below {str(folder)!r}{hint}')
+
+
+def _models(library: str) -> Iterator[dict[str, Any]]:
+    """Rows of a library's metafile; a model without published weights has ``Weights`` None."""
+    for row in load(_root() / 'configs' / _FOLDERS[library] / 'metafile.yml')['Models']:
+        yield {'Weights': None, **row, 'Config': str(_root() / row['Config'])}
+
+
+# MMEngine looks up where the package is; pip's entry for an editable installation says site-packages, which is wrong.
+# With the name of a module, it takes the folder of that module's file.
+MODULE2PACKAGE['vheat_mm'] = 'vheat_mm.version'
+
+_get_cfg_path, _get_config = Config._get_cfg_path, hub.get_config
+_get_models = BaseInferencer._get_models_from_metafile
+
+
+def _find_base(cfg_path: str, filename: str) -> tuple[str, str | None]:
+    """MMEngine marks what comes from ``mmdet::`` for mmdet's registry. Our configs are for that of their library."""
+    if cfg_path.startswith(_PREFIX):
+        return config_path(cfg_path.removeprefix(_PREFIX)), None
+    return _get_cfg_path(cfg_path, filename)
+
+
+@functools.wraps(_get_config)
+def _get_config_or_ours(cfg_path: str, pretrained: bool = False) -> Config:
+    if not cfg_path.startswith(_PREFIX):
+        return _get_config(cfg_path, pretrained)
+    path = config_path(cfg_path.removeprefix(_PREFIX))
+    cfg = Config.fromfile(path)
+    if 'model' in cfg:  # MMEngine would look for its parts in a registry of ours
+        cfg.model['_scope_'] = cfg.default_scope
+    if pretrained:
+        release = find_released(Path(path).stem)
+        if release is None:
+            names = ', '.join(release.config for release in RELEASES)
+            raise CheckpointError(f'no weights are published for {cfg_path!r}; those of others are: {names}')
+        cfg.model_path = release.url
+    return cfg
+
+
+def _list_with_ours(dir: str) -> Iterator[dict[str, Any]]:
+    yield from _get_models(dir)
+    for library in ('mmdet', 'mmseg'):
+        if library in sys.modules and dir == BaseInferencer._get_repo_or_mim_dir(library):
+            yield from _models(library)
+
+
+def _add_to_mmpretrain() -> None:
+    model_hub = importlib.import_module('mmpretrain.apis.model').ModelHub
+    root = _root()
+    model_hub.register_model_index(root / 'configs' / _FOLDERS['mmpretrain'] / 'metafile.yml', config_prefix=root)
+
+
+Config._get_cfg_path = staticmethod(_find_base)
+BaseInferencer._get_models_from_metafile = staticmethod(_list_with_ours)
+mmengine.hub.get_config = hub.get_config = _get_config_or_ours
+when_imported('mmpretrain.apis.model', _add_to_mmpretrain)
