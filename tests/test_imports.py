@@ -16,7 +16,10 @@ PACKAGE = Path(vheat_mm.__file__).parent
 LAYERS = dict(apis=6, engine=5, models=4, checkpoint=3, datasets=3, ops=2, utils=1)
 FACES = {'vheat_mm', 'vheat_mm.hub', 'vheat_mm.fsdp', 'vheat_mm.doctor'}
 ANYWHERE = 'vheat_mm.version'  # holds a string and imports nothing
-OPTIONAL = {('vheat_mm.ops.backends', 'vheat_mm.ops.triton')}  # late by need: the package triton may be missing
+OPTIONAL = {  # late by need: triton and timm may be missing
+    ('vheat_mm.ops.backends', 'vheat_mm.ops.triton'),
+    ('vheat_mm', 'vheat_mm.apis.timm_models'),
+}
 
 
 def modules() -> dict[str, ast.Module]:
@@ -128,7 +131,8 @@ for name in ('fast', 'reference', 'triton', 'quick'):  # before the package is i
     assert os.wait()[1] == 0, f'VHEAT_KERNELS={{name}}'
 
 import vheat_mm
-heavy = {{'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'torchvision', 'triton', 'cv2', 'PIL'}} & (set(sys.modules) - before)
+absent = {{'cv2', 'mmcv', 'mmdet', 'mmpretrain', 'mmseg', 'PIL', 'timm', 'torchvision', 'triton'}}
+heavy = absent & (set(sys.modules) - before)
 assert not heavy, f'importing vheat_mm imports {{heavy}}'
 for registry, names in {REGISTERED}.items():
     for name in names:
@@ -138,9 +142,14 @@ assert isinstance(create_model(list_models()[0], features_only=True), VHeat)
 import vheat_mm.fsdp
 assert mmengine.registry.STRATEGIES.get('ShardedStrategy') is vheat_mm.fsdp.ShardedStrategy
 from vheat_mm.checkpoint import read_checkpoint
-from vheat_mm.hub import HubVHeat, HubVHeatClassifier
+try:
+    import vheat_mm.hub
+except ImportError as error:
+    assert 'timm.models.save_for_hf' in str(error)
+else:
+    raise AssertionError('vheat_mm.hub is there')
 from vheat_mm.doctor import main
-assert all(map(callable, (read_checkpoint, HubVHeat, HubVHeatClassifier, main)))
+assert all(map(callable, (read_checkpoint, main)))
 """
 
 

@@ -1,7 +1,7 @@
-"""``vheat_mm.hub``, the public name of :mod:`vheat_mm.apis.hub`."""
+"""The place of ``HubVHeat`` and ``HubVHeatClassifier`` before timm saved models for the Hugging Face Hub."""
 
-from vheat_mm.apis.hub import hub_class
-
-HubVHeat, HubVHeatClassifier = hub_class('HubVHeat'), hub_class('HubVHeatClassifier')
-
-__all__ = ['HubVHeat', 'HubVHeatClassifier']
+raise ImportError(
+    'vheat_mm.hub is gone: timm.models.save_for_hf and push_to_hf_hub save a model of timm.create_model, '
+    "timm.create_model('local-dir:...' or 'hf-hub:...') builds it again, and vheat_mm.create_model(name, "
+    "'FOLDER/model.safetensors') loads what save_pretrained has written"
+)

@@ -91,7 +91,7 @@ class HeatConduction2d(nn.Module):
             freq_embed, self.to_k, nn.Sequential, lambda: has_plain_layers(self.to_k, classes)
         )
 
-    def switch_to_deploy(self, freq_embed: Tensor) -> None:
+    def deploy(self, freq_embed: Tensor) -> None:
         """Replace ``to_k`` by the constant decay ``k_exp`` (H, W, C), as the release's re-parameterisation does."""
         with torch.no_grad():
             self.k_exp = nn.Parameter(self.decay(freq_embed), requires_grad=False)
@@ -447,6 +447,14 @@ class VHeat(BaseModule):
         if not isinstance(x, Tensor) or x.ndim != 4:
             given = f'shape {tuple(x.shape)}' if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f'VHeat takes a batch of images as a tensor (B, C, H, W), got {given}')
+        maps = self.forward_stages(x, self.out_indices)
+        return tuple(self.to_output(features, i) for i, features in zip(self.out_indices, maps, strict=True))
+
+    def forward_stages(self, x: Tensor, stages: Sequence[int]) -> list[Tensor]:
+        """Image (B, in_channels, H, W) -> outputs of ``stages``, ascending, before their norms, (B, H, W, C) each.
+
+        Nothing after the last of them is run.
+        """
         x = x.permute(0, 2, 3, 1)
         if not torch.compiler.is_compiling():
             x = x.contiguous()  # from here on every permutation between (B, C, H, W) and (B, H, W, C) is a view
@@ -455,12 +463,19 @@ class VHeat(BaseModule):
         for i, stage in enumerate(self.layers):
             embed = None if self.freq_embed is None else self.freq_embed(i)
             features, x = stage(x, embed, self.decay_cache)
-            if i in self.out_indices:
-                normed = self.get_submodule(f'outnorm{i}')(features)
-                # Outputs are plain (B, C, H, W) memory: mmcv's RoIAlign (2.1.0) reads a channels-last map as if it
-                # were one, without an error, and the heads behind it never learn.
-                outputs.append(normed.permute(0, 3, 1, 2).contiguous())
-        return tuple(outputs)
+            if i in stages:
+                outputs.append(features)
+            if len(outputs) == len(stages):
+                break
+        return outputs
+
+    def to_output(self, features: Tensor, stage: int, norm: bool = True) -> Tensor:
+        """What a stage computes (B, H, W, C) -> as the network returns it (B, C, H, W), behind its output norm."""
+        if norm:
+            features = self.get_submodule(f'outnorm{stage}')(features)
+        # Outputs are plain (B, C, H, W) memory: mmcv's RoIAlign (2.1.0) reads a channels-last map as if it were one,
+        # without an error, and the heads behind it never learn.
+        return features.permute(0, 3, 1, 2).contiguous()
 
     @property
     def feature_info(self) -> FeatureInfo:
@@ -501,7 +516,7 @@ class VHeat(BaseModule):
         for stage, embed, grid in zip(self.layers, self.freq_embed, grid_sizes(size), strict=False):
             embed = resize_freq_embed(embed, grid, mode='bicubic')
             for block in cast(Stage, stage).blocks:
-                block.op.switch_to_deploy(embed)
+                block.op.deploy(embed)  # not switch_to_deploy: timm calls every method of that name
         self.freq_embed = None
         self.decay_cache.clear()
         print_log(f'VHeat deployed for images of {size[0]}x{size[1]} pixels', logger='current')
