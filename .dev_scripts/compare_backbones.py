@@ -27,8 +27,8 @@ from mmengine.registry import init_default_scope
 from tqdm import tqdm
 
 from vheat_mm.apis.errors import run_reporting_errors
-from vheat_mm.checkpoint.io import atomic_file
 from vheat_mm.utils.errors import ToolError
+from vheat_mm.utils.files import atomic_file
 from vheat_mm.utils.torchvision import ensure_torchvision
 
 REPO = Path(__file__).resolve().parents[1]

@@ -89,9 +89,11 @@ class StandInServer(http.server.ThreadingHTTPServer):
     Attributes:
         folder: What is served.
         requests: Path and ``Range`` header of each request.
+        statuses: Of the answers.
         full: How often each path was sent from its first byte to its last.
-        fault: ``''``; ``'missing'`` (404); ``'html'`` (a page with status 200); ``'cut'`` (half of what is asked for,
-            then the end of the connection); ``'slow'`` (4 kB each 20 ms); ``'no range'``; ``'no validators'``.
+        fault: What it does badly, also in answers under way; several may be in the text: ``'missing'`` (404);
+            ``'html'`` (a page with status 200); ``'cut'`` (half of what is asked for, then the end of the connection);
+            ``'slow'`` (4 kB each 20 ms); ``'no range'``; ``'no if-range'``; ``'no validators'``.
     """
 
     daemon_threads = True
@@ -100,6 +102,7 @@ class StandInServer(http.server.ThreadingHTTPServer):
         super().__init__(('127.0.0.1', 0), _Handler)
         self.folder, self.fault = folder, ''
         self.requests: list[tuple[str, str | None]] = []
+        self.statuses: list[int] = []
         self.full: Counter[str] = Counter()
 
     @property
@@ -115,18 +118,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         wanted = self.headers.get('Range')
         server.requests.append((path, wanted))
         fault, file = server.fault, server.folder / path
-        if fault == 'html':
+        if 'html' in fault:
             self._answer(200, b'<!DOCTYPE html><title>Please sign in</title>', {'Content-Type': 'text/html'})
-        elif fault == 'missing' or not file.is_file():
+        elif 'missing' in fault or not file.is_file():
             self.send_error(404)
         else:
             content = file.read_bytes()
             tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
             headers = {'Content-Type': 'application/octet-stream'}
-            if fault != 'no validators':
+            if 'no validators' not in fault:
                 headers['ETag'] = tag
             start = 0
-            if wanted and fault != 'no range' and self.headers.get('If-Range', tag) == tag:
+            same = 'no if-range' in fault or self.headers.get('If-Range', tag) == tag
+            if wanted and 'no range' not in fault and same:
                 start = int(wanted.removeprefix('bytes=').split('-')[0])
                 if start >= len(content):
                     self._answer(416, b'', {'Content-Range': f'bytes */{len(content)}'})
@@ -137,17 +141,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> bool:
         """Send it; returns whether all of it was sent."""
+        self.server.statuses.append(status)
         self.send_response(status)
         for name, value in (headers | {'Content-Length': str(len(body))}).items():
             self.send_header(name, value)
         self.end_headers()
-        fault = self.server.fault
-        size = 4096 if fault == 'slow' else 1 << 20
-        end = len(body) // 2 if fault == 'cut' else len(body)
+        end = len(body) // 2 if 'cut' in self.server.fault else len(body)
+        place = 0
         with contextlib.suppress(OSError):
-            for place in range(0, end, size):
+            while place < end:
+                slow = 'slow' in self.server.fault
+                size = 4096 if slow else 1 << 20
                 self.wfile.write(body[place : min(place + size, end)])
-                time.sleep(0.02 * (fault == 'slow'))
+                place += size
+                time.sleep(0.02 * slow)
             return end == len(body)
         return False
 

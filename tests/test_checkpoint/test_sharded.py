@@ -204,6 +204,6 @@ def test_bad_files_are_one_clear_line(tmp_path, state, case):
 
 @pytest.mark.parametrize('name', [f'{INDEX}?download=true', 'model-00001-of-00002.safetensors'])
 def test_addresses_are_refused_before_anything_is_downloaded(monkeypatch, name):
-    monkeypatch.setattr('vheat_mm.checkpoint.io._download', None)
+    monkeypatch.setattr('vheat_mm.checkpoint.cache._download', None)
     with pytest.raises(CheckpointError, match=r'several files, which are not downloaded: .*--local-dir FOLDER'):
         read_checkpoint(f'http://127.0.0.1:1/repo/{name}')

@@ -252,7 +252,8 @@ def test_hostile_servers(server, tmp_path, path, words):
     with pytest.raises(CheckpointError, match=words) as error:
         read_checkpoint(f'{server}/{path}')
     assert str(error.value).isprintable()
-    assert not list((tmp_path / 'hub' / 'checkpoints').iterdir())  # no file, complete or partial
+    left = list((tmp_path / 'hub' / 'checkpoints').iterdir())  # no file, complete or partial
+    assert [file.suffix for file in left] == ['.lock']
 
 
 def test_slow_servers(server, monkeypatch):

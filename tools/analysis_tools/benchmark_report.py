@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vheat_mm import __version__
-from vheat_mm.checkpoint.io import atomic_file
 from vheat_mm.ops import get_backend
+from vheat_mm.utils.files import atomic_file
 
 PACKAGES = ('torch', 'triton', 'mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'numpy')
 COLORS = {

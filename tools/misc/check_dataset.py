@@ -24,12 +24,12 @@ except ModuleNotFoundError as error:  # not installed: use the package of this r
 
 from vheat_mm.apis.config import add_config_arguments, read_config
 from vheat_mm.apis.errors import run_reporting_errors
-from vheat_mm.checkpoint.io import atomic_file
 from vheat_mm.datasets.checks.check import check_datasets
 from vheat_mm.datasets.checks.datasets import SPLITS
 from vheat_mm.engine import fileio
 from vheat_mm.engine.runner.distributed import available_cores
 from vheat_mm.utils.errors import ToolError
+from vheat_mm.utils.files import atomic_file
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -1,20 +1,34 @@
-"""Bounded download: untrusted servers can neither send without end nor stall."""
+"""Bounded download: untrusted servers can neither send without end nor stall. An interrupted one goes on."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import http.client
+import json
+import shutil
+import sys
 import threading
+import time
+import urllib.error
 import urllib.request
-from typing import IO
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+
+from mmengine.logging import print_log
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from vheat_mm.utils.errors import CheckpointError
+from vheat_mm.utils.files import read_regular
 from vheat_mm.utils.text import first_line
 
 MAX_BYTES = 8 << 30
 _TIMEOUT = 60.0  # seconds in which the minimum must arrive, again and again; they include redirects and the header
 _MIN_SPEED = 10_000  # bytes per second
 _CHUNK = 1 << 20
-_REMEDY = 'Download it with another program and give its path.'
+_LONGEST_NOTE = 1 << 16  # bytes
 
 
 class _HttpOnly(urllib.request.HTTPRedirectHandler):
@@ -26,60 +40,184 @@ class _HttpOnly(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def download(url: str, file: IO[bytes]) -> None:
-    """Download an http(s) URL into a file.
+def download(url: str, part: Path) -> None:
+    """Download an http(s) URL into a file, or go on with what an interrupted call has left in it.
+
+    Where the server tells the version of its file, by ``ETag`` or ``Last-Modified``, that is noted in ``<part>.json``
+    and an interrupted download keeps what it has. Everything else that fails leaves nothing behind.
 
     Raises:
         CheckpointError: The download failed, was incomplete, too slow or larger than ``MAX_BYTES``, or was redirected
-            to another protocol.
+            to another protocol; or the server sent a web page.
+        OSError: The file cannot be written, or the disk has no room for it.
     """
-    transfer = _Transfer(url, file)
-    transfer.start()
-    transfer.join(_TIMEOUT)
-    before = 0
-    while transfer.is_alive():
-        received = transfer.received - before
-        if received < _TIMEOUT * _MIN_SPEED:
-            transfer.cancelled = True
-            raise CheckpointError(f'{url!r} sent {received} bytes in {_TIMEOUT:.0f} seconds. {_REMEDY}')
-        before += received
-        transfer.join(_TIMEOUT)
-    if isinstance(transfer.error, CheckpointError):
-        raise transfer.error
-    if transfer.error is not None:
-        raise CheckpointError(f'could not download {url!r}: {first_line(transfer.error)}') from transfer.error
+    transfer = _Transfer(url, part)
+    try:
+        _watch(transfer)
+    except BaseException as error:
+        transfer.cancelled = True
+        kept = part.stat().st_size if transfer.note.exists() and part.exists() else 0
+        if not kept:
+            forget(part)
+        if kept and isinstance(error, CheckpointError):
+            raise CheckpointError(f'{error}; {_size(kept)} of it are kept, and the next try goes on there') from error
+        raise
+    transfer.note.unlink(missing_ok=True)
+
+
+def forget(part: Path) -> None:
+    """Remove what a download has left."""
+    for path in (part, _note_of(part)):
+        path.unlink(missing_ok=True)
+
+
+def _watch(transfer: _Transfer) -> None:
+    """Run a transfer, show how far it is, and end it when too little arrives."""
+    with _progress() as show:
+        transfer.start()
+        checked, before = time.monotonic(), 0
+        while transfer.is_alive():
+            transfer.join(min(0.2, _TIMEOUT))
+            show(transfer.done, transfer.total)
+            if time.monotonic() - checked >= _TIMEOUT and transfer.is_alive():
+                received = transfer.received - before
+                if received < _TIMEOUT * _MIN_SPEED:
+                    raise CheckpointError(f'{transfer.url!r} sent {received} bytes in {_TIMEOUT:.0f} seconds')
+                checked, before = time.monotonic(), transfer.received
+    error = transfer.error
+    of_disk = isinstance(error, OSError) and not isinstance(error, urllib.error.URLError) and error.filename
+    if error is not None and not of_disk and not isinstance(error, CheckpointError):
+        raise CheckpointError(f'could not download {transfer.url!r}: {first_line(error)}') from error
+    if error is not None:
+        raise error
 
 
 class _Transfer(threading.Thread):
     """The transfer in a thread: no time limit of sockets covers name look-up, TLS, headers and chunk lines together.
 
     Attributes:
-        received: Bytes so far.
+        received: Bytes so far, without those of an earlier download.
+        done: Bytes of the file so far.
+        total: Bytes of the file; ``None`` if the server does not tell.
         cancelled: Set to end the thread at its next chunk.
         error: What it failed with.
     """
 
-    def __init__(self, url: str, file: IO[bytes]) -> None:
+    def __init__(self, url: str, part: Path) -> None:
         super().__init__(daemon=True)  # one that waits for a server does not keep the process alive
-        self.url, self.file = url, file
-        self.received, self.cancelled = 0, False
+        self.url, self.part, self.note = url, part, _note_of(part)
+        self.received = self.done = 0
+        self.total: int | None = None
+        self.cancelled = False
         self.error: Exception | None = None
 
     def run(self) -> None:
         try:
-            with urllib.request.build_opener(_HttpOnly).open(self.url, timeout=_TIMEOUT) as response:
-                self._copy(response)
+            with self._open() as response:
+                if not self.cancelled:  # another process may be writing the file by now
+                    self._copy(response)
         except Exception as error:  # raised again by download()
             self.error = error
 
+    def _open(self) -> http.client.HTTPResponse:
+        """Ask for the file, or for the rest of it if it is still the same; sets ``done`` to where the answer begins."""
+        version = self._version_of_part()
+        self.done = self.part.stat().st_size if version else 0
+        headers = {'Range': f'bytes={self.done}-', 'If-Range': version} if version and self.done else {}
+        opener = urllib.request.build_opener(_HttpOnly)
+        try:
+            response = opener.open(urllib.request.Request(self.url, headers=headers), timeout=_TIMEOUT)
+        except urllib.error.HTTPError as error:
+            if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not headers:
+                raise
+            response = cast(http.client.HTTPResponse, error)
+        if response.status == http.HTTPStatus.OK:  # a file that has changed, or a server without ranges
+            self.done = 0
+        elif headers and (_version(response) != version or not self._continues(response)):
+            response.close()
+            forget(self.part)
+            return self._open()
+        return response
+
+    def _continues(self, response: http.client.HTTPResponse) -> bool:
+        return (response.headers.get('Content-Range') or '').startswith(f'bytes {self.done}-')
+
+    def _version_of_part(self) -> str:
+        """The version of the file of which a part is there; empty if there is none."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            note = json.loads(read_regular(self.note, _LONGEST_NOTE))
+            if note['url'] == self.url and self.part.is_file():
+                return str(note['version'])
+        return ''
+
     def _copy(self, response: http.client.HTTPResponse) -> None:
+        if response.headers.get_content_type() == 'text/html':
+            raise CheckpointError(
+                f'{self.url!r} answered with a web page instead of a file: a sign-in, a proxy or a wrong address'
+            )
         announced = response.length  # bytes; None if the server does not tell
-        while max(announced or 0, self.received) <= MAX_BYTES and (chunk := response.read1(_CHUNK)):
-            if self.cancelled:
-                return
-            self.received += len(chunk)
-            self.file.write(chunk)
-        if max(announced or 0, self.received) > MAX_BYTES:
-            raise CheckpointError(f'{self.url!r} sends more than {MAX_BYTES} bytes. {_REMEDY}')
+        self.total = None if announced is None else self.done + announced
+        self._check_size()
+        free = shutil.disk_usage(self.part.parent).free
+        if (announced or 0) > free:
+            raise OSError(errno.ENOSPC, f'{_size(announced or 0)} to come and {_size(free)} free', str(self.part))
+        if not self.done:
+            forget(self.part)
+        with self.part.open('ab') as file:
+            if not self.done and (version := _version(response)):
+                self.note.write_text(json.dumps(dict(url=self.url, version=version)), encoding='utf-8')
+            while chunk := response.read1(_CHUNK):
+                if self.cancelled:
+                    return
+                self.received += len(chunk)
+                self.done += len(chunk)
+                self._check_size()
+                try:
+                    file.write(chunk)
+                    file.flush()
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, str(self.part)) from error
         if announced is not None and self.received != announced:
-            raise CheckpointError(f'{self.url!r} sent {self.received} of {announced} bytes: try again')
+            raise CheckpointError(f'{self.url!r} sent {self.received} of {announced} bytes')
+
+    def _check_size(self) -> None:
+        if max(self.total or 0, self.done) > MAX_BYTES:
+            forget(self.part)
+            raise CheckpointError(f'{self.url!r} sends more than {MAX_BYTES} bytes')
+
+
+def _note_of(part: Path) -> Path:
+    return part.with_name(f'{part.name}.json')
+
+
+def _version(response: http.client.HTTPResponse) -> str:
+    """What tells one version of the server's file from another; empty if the server does not tell."""
+    tag, date = (response.headers.get(name) or '' for name in ('ETag', 'Last-Modified'))
+    version = tag if tag.startswith('"') else date  # a weak tag, W/"...", is not for ranges
+    return version if len(version) < 200 and version.isprintable() else ''
+
+
+def _size(count: int) -> str:
+    return f'{count / 1e6:.1f} MB'
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int | None], None]]:
+    """Show how far a download is: a bar on a terminal, else a line in the log at each quarter."""
+    if sys.stderr.isatty():
+        with Progress(
+            BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+        ) as bar:
+            task = bar.add_task('')
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    shown = 0
+
+    def show(done: int, total: int | None) -> None:
+        nonlocal shown
+        quarter = 4 * done // total if total else 0
+        if shown < quarter < 4:
+            print_log(f'{_size(done)} of {_size(total or 0)} downloaded', logger='current')
+        shown = max(shown, quarter)
+
+    yield show

@@ -6,33 +6,22 @@ safetensors.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import hashlib
 import os
-import re
-import secrets
-import time
-import urllib.parse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from mmengine.dist import barrier, get_dist_info
 from torch import Tensor
 
-from vheat_mm.checkpoint.download import download
-from vheat_mm.checkpoint.released import resolve
+from vheat_mm.checkpoint.cache import local_file
 from vheat_mm.checkpoint.safe_globals import register_safe_globals
 from vheat_mm.checkpoint.sharded import INDEX, find_file, read_shards
-from vheat_mm.checkpoint.verify import check_content, check_safetensors, open_file, verify
+from vheat_mm.checkpoint.verify import check_content, check_safetensors, open_file
 from vheat_mm.utils.errors import CheckpointError
+from vheat_mm.utils.files import atomic_file
 from vheat_mm.utils.text import first_line
 
 StateDict = dict[str, Tensor]
-
-PARTIAL = '.part'  # suffix of files while they are written
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -48,9 +37,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             ones.
     """
     name = os.fspath(path)
-    place = find_file(resolve(name))
-    if re.match(r'https?://', place):
-        return _read_file(str(_download(place)), name)
+    if '://' in name:
+        find_file(name)  # an address of one of several files is refused before it is downloaded
+    place = find_file(local_file(name))
     return read_shards(place, name, _read_file) if place.endswith(INDEX) else _read_file(place, name)
 
 
@@ -112,59 +101,6 @@ def save_atomically(checkpoint: dict[str, Any], path: str | os.PathLike) -> None
         ) from error
 
 
-@contextlib.contextmanager
-def atomic_file(target: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file that replaces ``target`` after the block, or is removed if the block raises.
-
-    A process that is killed meanwhile leaves the file behind, as ``.<target>.<random>.part`` in the same folder.
-    """
-    # Opened, not made by tempfile: the system then sets the usual mode, and no chmod is needed, which vfat refuses.
-    part = target.with_name(f'.{target.name}.{secrets.token_hex(4)}{PARTIAL}')
-    try:
-        with part.open('xb+') as file:
-            yield file
-            file.flush()
-            _sync(file.fileno())
-        _replace(part, target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    _sync_folder(target.parent)
-
-
-def _sync(descriptor: int) -> None:
-    """Write a file to the disk; some network and user-space file systems cannot be told to."""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCES):
-            raise
-
-
-def _replace(part: Path, target: Path) -> None:
-    """Rename; network file systems refuse it for a moment while another machine has the target open."""
-    for delay in (0.1, 0.4, 1.0):
-        try:
-            part.replace(target)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EEXIST, errno.EAGAIN):
-                raise
-            time.sleep(delay)
-        else:
-            return
-    part.replace(target)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Write the rename to disk, where the system can sync folders."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _read_safetensors(file: Path) -> StateDict:
     try:
         from safetensors.torch import load_file
@@ -174,28 +110,3 @@ def _read_safetensors(file: Path) -> StateDict:
         return load_file(file)
     except Exception as error:  # safetensors raises its own, untyped errors
         raise CheckpointError(f'{str(file)!r} is corrupt or not a safetensors file: {first_line(error)}') from error
-
-
-def _download(url: str) -> Path:
-    """The file of an address in PyTorch's hub cache, where it is downloaded to and checked unless it is there."""
-    try:
-        name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
-    except ValueError as error:
-        raise CheckpointError(f'{url!r} is no valid address: {error}') from error
-    # The name alone does not tell an epoch_12.pth from another one; the address, with its query, does.
-    digest = hashlib.sha256(url.split('#')[0].encode()).hexdigest()[:12]
-    target = Path(torch.hub.get_dir()) / 'checkpoints' / f'{Path(name).stem[:100]}-{digest}{Path(name).suffix[:20]}'
-    # The cache is local to each machine, so its first process downloads; torchrun sets LOCAL_RANK.
-    rank = int(os.environ.get('LOCAL_RANK', get_dist_info()[0]))
-    try:
-        if rank == 0 and not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(target) as file:
-                download(url, file)
-                file.flush()
-                verify(file, url, target.suffix == '.safetensors')  # an error page is not kept
-    except OSError as error:
-        raise CheckpointError(f'could not download {url!r} to {str(target)!r}: {first_line(error)}') from error
-    finally:
-        barrier()
-    return target

@@ -7,13 +7,10 @@ folder holds the files as the release's addresses do (``vheatcls/vHeat_tiny.pth`
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-from mmengine.logging import print_log
 
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.text import some_of
@@ -94,19 +91,12 @@ def locate(release: Released) -> str:
     )
 
 
-def resolve(path: str) -> str:
-    """Path or address for a name of a published checkpoint; other paths and addresses as they are.
+def check_name(path: str) -> None:
+    """Refuse a word that is neither a file nor a name of a published checkpoint.
 
     Raises:
-        CheckpointError: See :func:`locate`; or a word that is neither a name nor a file.
+        CheckpointError: With the names.
     """
-    release = find_released(path)
-    if release is not None:
-        if os.path.lexists(path):
-            file = f'./{path}'
-            text = f'{path!r} is taken as the name of released weights; what lies in the working folder is {file!r}'
-            print_log(text, logger='current', level=logging.WARNING)
-        return locate(release)
     if re.fullmatch(r'[\w-]+', path) and not os.path.lexists(path):
         known = {re.sub('[-_]', '', name.lower()): name for name in RELEASED}
         close = difflib.get_close_matches(re.sub('[-_]', '', path.lower()), known, 1)
@@ -115,4 +105,3 @@ def resolve(path: str) -> str:
             f'no checkpoint at {path!r} (working directory {str(Path.cwd())!r}), and no released weights have that '
             f'name{hint} The names are {", ".join(NAMES)}'
         )
-    return path

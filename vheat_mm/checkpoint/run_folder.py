@@ -14,9 +14,8 @@ import uuid
 from pathlib import Path
 from typing import IO
 
-from vheat_mm.checkpoint.io import PARTIAL, atomic_file
 from vheat_mm.utils.errors import ToolError
-from vheat_mm.utils.files import read_regular
+from vheat_mm.utils.files import PARTIAL, atomic_file, read_regular
 
 try:
     import fcntl

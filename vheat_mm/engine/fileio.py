@@ -21,12 +21,12 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 
-from vheat_mm.checkpoint.io import atomic_file, read_checkpoint
+from vheat_mm.checkpoint.io import read_checkpoint
 from vheat_mm.checkpoint.released import BASE, RELEASED
 from vheat_mm.datasets.checks.images import read_header, read_image, refuse_size
 from vheat_mm.models.pretrained_init import replace_pretrained_init, to_mmengine
 from vheat_mm.models.weights import SOURCE
-from vheat_mm.utils.files import open_regular, read_regular
+from vheat_mm.utils.files import atomic_file, open_regular, read_regular
 
 _said: set[str] = set()
 _CODE = {'meta': ('config', 'cfg'), 'runtime_info': ('cfg',)}  # executed by Runner.resume and BaseInferencer

@@ -1,12 +1,18 @@
-"""Files that are read from outside."""
+"""Files that are read from outside, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import secrets
 import stat
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
+
+PARTIAL = '.part'  # suffix of files while they are written
 
 _KINDS = {stat.S_IFIFO: 'named pipe', stat.S_IFCHR: 'device', stat.S_IFBLK: 'device', stat.S_IFDIR: 'folder'}
 
@@ -45,3 +51,61 @@ def read_regular(path: str | Path, limit: int | None = None) -> bytes:
         if limit is not None and size > limit:
             raise OSError(errno.EFBIG, f'a file of {size} bytes, more than {limit}', str(path))
         return file.read()
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file that replaces ``target`` after the block, or is removed if the block raises.
+
+    A process that is killed meanwhile leaves the file behind, as ``.<target>.<random>.part`` in the same folder.
+    """
+    # Opened, not made by tempfile: the system then sets the usual mode, and no chmod is needed, which vfat refuses.
+    part = target.with_name(f'.{target.name}.{secrets.token_hex(4)}{PARTIAL}')
+    try:
+        with part.open('xb+') as file:
+            yield file
+        replace_file(part, target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def replace_file(part: Path, target: Path) -> None:
+    """Write a file to the disk and rename it to ``target``, of the same folder."""
+    with part.open('rb+') as file:
+        _sync(file.fileno())
+    _replace(part, target)
+    _sync_folder(target.parent)
+
+
+def _sync(descriptor: int) -> None:
+    """Write a file to the disk; some network and user-space file systems cannot be told to."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCES):
+            raise
+
+
+def _replace(part: Path, target: Path) -> None:
+    """Rename; network file systems refuse it for a moment while another machine has the target open."""
+    for delay in (0.1, 0.4, 1.0):
+        try:
+            part.replace(target)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EEXIST, errno.EAGAIN):
+                raise
+            time.sleep(delay)
+        else:
+            return
+    part.replace(target)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write the rename to disk, where the system can sync folders."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
