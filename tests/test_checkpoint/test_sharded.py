@@ -76,7 +76,7 @@ def test_folder_of_a_single_file(tmp_path, state, monkeypatch):
     assert said[0].endswith('holds model.safetensors and pytorch_model.bin: model.safetensors is read')
 
 
-def test_everywhere_that_a_path_goes(tmp_path, make_vheat, state, monkeypatch):
+def test_everywhere_that_a_path_goes(tmp_path, make_vheat, state):
     write_shards(tmp_path / 'sharded', state)
     model = make_vheat(init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'sharded')))
     model.init_weights()
@@ -88,9 +88,6 @@ def test_everywhere_that_a_path_goes(tmp_path, make_vheat, state, monkeypatch):
     assert read_checkpoint(tmp_path / 'out.pth')['model']['freq_embed.0'].shape[:2] == (32, 32)
 
     # load_from, --resume and tools/test.py read through MMEngine's loader, which the tools replace.
-    monkeypatch.setattr(fileio.CheckpointLoader, '_schemes', dict(fileio.CheckpointLoader._schemes))
-    monkeypatch.setattr(fileio, 'replace_pretrained_init', lambda everywhere: None)
-    monkeypatch.setattr(fileio, 'register_backend', lambda *args, **kwargs: None)
     fileio.install()
     whole = nn.ModuleDict({'backbone': make_vheat()})
     write_shards(tmp_path / 'whole', {f'backbone.{key}': value for key, value in state.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 
@@ -17,6 +18,7 @@ from tool_runs import (
     kill_after,
     run,
     weights,
+    write_config,
 )
 
 from vheat_mm.apis.train_test import run_testing, run_training
@@ -104,6 +106,24 @@ def test_fine_tuning_takes_the_backbone_of_another_task(detector, segmentor, tmp
     log = capfd.readouterr().out
     assert 'resized, pad (4): backbone.freq_embed.0 16x16x8 -> 24x24x8' in log
     assert re.search(r'not of this model, dropped \(\d+\): decode_head', log)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ('ran',)
+
+
+@pytest.mark.parametrize('way', ['test', 'load_from', 'resume'])
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, data, capfd, way):
+    """Also by loaders of MMEngine's forks, which load without restrictions what the safe loader refuses."""
+    write_config(tmp_path, 'segmentation', data)
+    torch.save(dict(state_dict={'x': torch.ones(2)}, meta=Hostile()), tmp_path / 'bad.pth')
+    options = dict(test=['bad.pth'], load_from=['--cfg-options', 'load_from=bad.pth'], resume=['--resume', 'bad.pth'])
+    tool = run_testing if way == 'test' else run_training
+    message = call_failing(capfd, tool, 'segmentation.py', *options[way], cwd=tmp_path)
+    assert 'bad.pth' in message
+    assert 'mkdir' in message
+    assert not (tmp_path / 'ran').exists()
 
 
 def test_tta_of_masks(detector, capfd):

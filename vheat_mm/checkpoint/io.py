@@ -49,8 +49,13 @@ def _read_file(path: str, name: str) -> dict[str, Any]:
         if stream.name.endswith('.safetensors'):
             check_safetensors(stream, name)
             return _read_safetensors(Path(stream.name))
-        check_content(stream, name)
-        checkpoint = _load_safely(stream, name)
+        return read_stream(stream, name)
+
+
+def read_stream(stream: IO[bytes], name: str) -> dict[str, Any]:
+    """Read what ``torch.save`` wrote, as :func:`read_checkpoint`; ``name`` is for errors."""
+    check_content(stream, name)
+    checkpoint = _load_safely(stream, name)
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f'{name!r} holds a {type(checkpoint).__name__}, not a checkpoint dict')
     return checkpoint

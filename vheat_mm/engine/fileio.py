@@ -11,17 +11,19 @@ import functools
 import io
 import logging
 import mimetypes
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import mmengine.runner.checkpoint
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 
-from vheat_mm.checkpoint.io import read_checkpoint
+from vheat_mm.checkpoint.io import read_checkpoint, read_stream
 from vheat_mm.checkpoint.released import BASE, RELEASED
 from vheat_mm.datasets.checks.images import read_header, read_image, refuse_size
 from vheat_mm.models.pretrained_init import replace_pretrained_init, to_mmengine
@@ -105,11 +107,20 @@ CheckpointLoader.register_scheme((rf'({_NAMES})$', re.escape(BASE)), load_from_r
 replace_pretrained_init(everywhere=False)
 
 
+def _load_without_fallback(
+    file: str | IO[bytes], map_location: Any = None, weights_only: bool | None = None
+) -> dict[str, Any]:
+    """In place of onedl-mmengine's function, which loads a file that the safe loader refuses with the unsafe one."""
+    return read_checkpoint(file) if isinstance(file, str | os.PathLike) else read_stream(file, 'the checkpoint')
+
+
 def install() -> None:
     """Make MMEngine use :func:`load_from_local`, :class:`AtomicLocalBackend` and strict weights in this process."""
     replace_pretrained_init(everywhere=True)
     register_backend('local', AtomicLocalBackend, prefixes='', force=True)
     CheckpointLoader.register_scheme(prefixes=('', 'http://', 'https://'), loader=load_from_local, force=True)
+    if hasattr(mmengine.runner.checkpoint, '_safe_torch_load'):
+        mmengine.runner.checkpoint._safe_torch_load = _load_without_fallback
 
 
 class AtomicLocalBackend(LocalBackend):
