@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install the pinned mmcv with its compiled operators into an environment that already has torch.
+# Install the pinned mmcv with its compiled operators into an environment that already has torch; beside
+# onedl-mmengine it is the pinned onedl-mmcv.
 #
 #   .dev_scripts/build_mmcv.sh [PYTHON]     PYTHON: the environment's interpreter (default: python)
 #
@@ -14,7 +15,10 @@ set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 PY="$(command -v "${1:-python}")" || { echo "mmcv: no '${1:-python}' here" >&2; exit 1; }
 CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/vheat_mm"
-MMCV="$(grep -E '^mmcv==' "$HERE/../requirements/mmcv.txt")"
+PINS="$HERE/../requirements/mmcv.txt"
+"$PY" -c 'import importlib.metadata as m; m.version("onedl-mmengine")' 2>/dev/null && PINS="$HERE/../requirements/onedl.txt"
+MMCV="$(grep -E '^(onedl-)?mmcv==' "$PINS")"
+NAME="${MMCV%%==*}"
 
 die() { printf 'mmcv: %s\n' "$@" >&2; exit 1; }
 pip() { "$PY" -m pip --disable-pip-version-check "$@"; }
@@ -40,7 +44,7 @@ mkdir -p "$WHEELS"
 
 cached_wheel() {
     local wheel
-    for wheel in "$WHEELS/${MMCV/==/-}"-*.whl; do
+    for wheel in "$WHEELS/${NAME//-/_}-${MMCV#*==}"-*.whl; do
         [[ -f $wheel ]] || return 1
         if "$PY" -m zipfile -t "$wheel" >/dev/null 2>&1; then
             echo "$wheel"
@@ -97,7 +101,7 @@ compile() {
     [[ $cuda == 1 ]] || settings+=(CUDA_VISIBLE_DEVICES=)
     # Not isolated: an isolated build sees no torch and makes an mmcv without operators.
     env "${settings[@]}" "$PY" -m pip --disable-pip-version-check wheel -v --no-build-isolation \
-        --no-deps --no-cache-dir --no-binary mmcv -w "$build/out" "$MMCV" 2>&1 |
+        --no-deps --no-cache-dir --no-binary "$NAME" -w "$build/out" "$MMCV" 2>&1 |
         tee "$LOG" | show_progress || {
         tail -n 25 "$LOG" >&2
         die "$MMCV did not compile; above is the end of $LOG"

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,6 +92,12 @@ def test_two_opencv_wheels(monkeypatch):
 REQUIRED = {
     'vheat_mm': ['torch>=2.1', 'mmengine>=0.10.4', 'mmdet<3.4.0,>=3.1.0; extra == "det"'],
     'mmdet': ['mmcv<2.2.0,>=2.0.0; extra == "mim"', 'mmengine<1.0.0,>=0.7.1; extra == "mim"'],
+    # Of the forks: an extra that nothing here needs, another interpreter, and the fork's name for mmcv.
+    'onedl-mmpretrain': [
+        'torch==2.10.0; extra == "torch"',
+        'numpy<1; python_version < "3"',
+        'onedl-mmcv!=2.1.5; extra == "mminstall"',
+    ],
 }
 
 
@@ -113,8 +120,8 @@ def installed(monkeypatch):
     ('package', 'version', 'fault'),
     [
         ('mmcv', '2.1.0', ''),
-        ('mmcv', '2.2.0', 'not in <2.2.0,>=2.0.0'),
-        ('mmcv', '1.7.2', 'not in <2.2.0,>=2.0.0'),
+        ('mmcv', '2.1.5', 'not in !=2.1.5,<2.2.0,>=2.0.0'),
+        ('mmcv', '1.7.2', 'not in !=2.1.5,<2.2.0,>=2.0.0'),
         ('torch', '2.13.0+cpu', ''),
         ('torch', '1.13.1', 'not in >=2.1'),
         ('mmengine', '0.10.10', ''),
@@ -124,6 +131,38 @@ def installed(monkeypatch):
 )
 def test_version_ranges_come_from_metadata(installed, package, version, fault):
     assert doctor.range_fault(package, version) == fault
+
+
+@pytest.mark.parametrize(
+    ('versions', 'found', 'remedy'),
+    [
+        ({'onedl-mmdetection': '3.5.1'}, '3.5.1 (onedl-mmdetection)', ''),
+        (
+            {'onedl-mmdetection': '3.5.1', 'mmdet': '3.3.0'},
+            '3.5.1: mmdet and onedl-mmdetection are both installed, over each other',
+            'pip uninstall -y mmdet onedl-mmdetection; pip install --no-deps onedl-mmdetection',
+        ),
+        ({'mmdet': '3.3.0'}, '3.5.1', ''),
+    ],
+)
+def test_forks_with_the_same_import_name(installed, monkeypatch, versions, found, remedy):
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.delitem(REQUIRED, 'vheat_mm')
+    monkeypatch.setattr(importlib.metadata, 'version', version)
+    monkeypatch.setitem(sys.modules, 'mmdet', SimpleNamespace(__version__='3.5.1'))
+    row = doctor.check_package('mmdet', ('mmdet',), 'mmdet')
+    assert (row.found, row.remedy, row.status) == (found, remedy, 'warn' if remedy else 'ok')
+    assert doctor.distribution_version('mmdet') == versions.get('mmdet', '3.5.1')
+
+
+def test_what_is_missing_beside_forks_is_installed_from_forks(installed, monkeypatch):
+    monkeypatch.setattr(doctor, 'distribution_version', {'onedl-mmengine': '0.10.12'}.get)
+    assert doctor.install('mmdet') == "pip install 'onedl-mmdetection<3.4.0,>=3.1.0'"
+    assert 'pip install --no-build-isolation --no-binary onedl-mmcv ' in doctor.build_mmcv()
 
 
 def test_source_folder_that_is_not_installed(installed, monkeypatch):

@@ -6,8 +6,7 @@ The exit status is 0 if the core works (Python, PyTorch, MMEngine, the VHeat bac
 OpenMMLab libraries is needed for its task only and does not change it. Packages are used, not only looked up: operators
 run, a checkpoint is read, a backbone computes. Supported versions come from the metadata of the installed packages.
 
-This file imports nothing of its package, so that it also runs where that cannot be imported:
-``python path/to/vheat_mm/apis/doctor.py``.
+It imports nothing of its package, so that ``python path/to/vheat_mm/apis/doctor.py`` runs where that fails.
 """
 
 from __future__ import annotations
@@ -39,6 +38,10 @@ except ModuleNotFoundError:  # it comes with matplotlib, which MMEngine requires
 
 OK, WARN, MISSING, BROKEN = 'ok', 'warn', 'missing', 'broken'
 CORE = ('Python', 'PyTorch', 'MMEngine', 'VHeat')
+# Maintained forks of OpenMMLab's distributions, with the same import names.
+FORKS = {name: f'onedl-{name}' for name in ('mmengine', 'mmcv', 'mmsegmentation', 'mmpretrain')}
+FORKS['mmdet'] = 'onedl-mmdetection'
+EXTRAS = ('', 'det', 'seg', 'cls', 'mim', 'mminstall')  # in which packages say which of these they work with
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,8 @@ def summary(error: BaseException) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep warnings and prints of imports out of the table and of ``--json``."""
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
+    sink = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
         warnings.simplefilter('ignore')
         yield
 
@@ -96,10 +96,12 @@ def supported(distribution: str) -> SpecifierSet | None:
     if SpecifierSet is None:
         return None
     found = []
-    for owner in ('vheat_mm', 'mmdet', 'mmsegmentation', 'mmpretrain'):
+    for owner in ('vheat_mm', *FORKS, *FORKS.values()):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            requirements = [Requirement(line) for line in importlib.metadata.requires(owner) or ()]
-            found += [requirement.specifier for requirement in requirements if requirement.name == distribution]
+            for requirement in map(Requirement, importlib.metadata.requires(owner) or ()):
+                valid = not requirement.marker or any(requirement.marker.evaluate({'extra': e}) for e in EXTRAS)
+                if valid and requirement.name in (distribution, FORKS.get(distribution)):
+                    found.append(requirement.specifier)
     return functools.reduce(operator.and_, found) if found else None
 
 
@@ -112,6 +114,9 @@ def range_fault(distribution: str, version: str) -> str:
 def install(distribution: str, options: str = '') -> str:
     """The pip command that installs a supported version."""
     versions = supported(distribution) or ''
+    if distribution_version('onedl-mmengine'):
+        distribution = FORKS.get(distribution, distribution)
+        options = options.replace('mmcv', 'onedl-mmcv')
     return f"pip install {options}'{distribution}{versions}'" if versions else f'pip install {options}{distribution}'
 
 
@@ -121,16 +126,22 @@ def build_mmcv() -> str:
     return f'compile it for this torch: .dev_scripts/build_mmcv.sh (or {command})'
 
 
-def check_package(name: str, modules: tuple[str, ...], distribution: str, remedy: str, outside: str = WARN) -> Row:
+def check_package(name: str, modules: tuple[str, ...], distribution: str, remedy: str = '', outside: str = WARN) -> Row:
     """Import modules of one distribution; ``outside`` is the status of an unsupported version."""
+    remedy = remedy or install(distribution)
     try:
         loaded = [load(module) for module in modules]
     except ImportFailedError as error:
         return Row(name, error.status, str(error), remedy)
-    version = loaded[0].__version__
+    version, fork = loaded[0].__version__, FORKS.get(distribution, distribution)
     if fault := range_fault(distribution, version):
         return Row(name, outside, f'{version}: {fault}', remedy)
-    return Row(name, OK, version)
+    if not (forked := distribution_version(fork)) or fork == distribution:
+        return Row(name, OK, version)
+    if distribution_version(distribution) == forked:
+        return Row(name, OK, f'{version} ({fork})')
+    remedy = f'pip uninstall -y {distribution} {fork}; pip install --no-deps {fork}'
+    return Row(name, WARN, f'{version}: {distribution} and {fork} are both installed, over each other', remedy)
 
 
 def check_metadata() -> Row:
@@ -172,11 +183,10 @@ def check_torch() -> Row:
 def check_numpy() -> Row:
     try:
         numpy, torch = load('numpy'), load('torch')
-    except ImportFailedError as error:
-        return Row('numpy', error.status, str(error), 'pip install numpy')
-    try:
         with quiet():
             torch.zeros(1).numpy()
+    except ImportFailedError as error:
+        return Row('numpy', error.status, str(error), 'pip install numpy')
     except RuntimeError:  # "Numpy is not available": torch was compiled against another major
         remedy = 'torch was built for numpy 1: pip install "numpy<2", or install torch >= 2.3'
         return Row('numpy', BROKEN, f'{numpy.__version__}: torch cannot exchange arrays', remedy)
@@ -200,11 +210,11 @@ def check_cv2() -> Row:
 
 
 def distribution_version(name: str) -> str:
-    """The installed version of a distribution, empty if it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ''
+    """The installed version of a distribution or of its fork, empty if neither is installed."""
+    for each in dict.fromkeys((name, FORKS.get(name, name))):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(each)
+    return ''
 
 
 def check_torchvision() -> Row:
@@ -232,8 +242,7 @@ def check_mmcv_ops() -> Row:
     if not distribution_version('mmcv'):
         lite = distribution_version('mmcv-lite')
         found = f'mmcv-lite {lite} has no operators' if lite else 'mmcv is not installed'
-        remedy = 'pip uninstall -y mmcv-lite; ' * bool(lite) + build_mmcv()
-        return Row('mmcv.ops', MISSING, found, remedy)
+        return Row('mmcv.ops', MISSING, found, 'pip uninstall -y mmcv-lite; ' * bool(lite) + build_mmcv())
     try:
         ops, torch = load('mmcv.ops'), load('torch')
     except ImportFailedError as error:
@@ -326,9 +335,7 @@ CHECKS: dict[str, Callable[[], Row]] = {
     'platform': lambda: Row('platform', OK, f'{platform.platform(terse=True)}, {os.cpu_count()} cores'),
     'PyTorch': check_torch,
     'numpy': check_numpy,
-    'MMEngine': lambda: check_package(
-        'MMEngine', ('mmengine', 'mmengine.runner'), 'mmengine', install('mmengine'), outside=BROKEN
-    ),
+    'MMEngine': lambda: check_package('MMEngine', ('mmengine', 'mmengine.runner'), 'mmengine', outside=BROKEN),
     'VHeat': check_vheat,
     'safe torch.load': check_safe_load,
     'cv2': check_cv2,
@@ -373,21 +380,17 @@ def table(rows: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog='vheat-doctor',
-        description='Check which packages work on this machine, and how to repair those that do not.',
-    )
+    parser = argparse.ArgumentParser('vheat-doctor', description=str(__doc__).splitlines()[0])
     parser.add_argument('--json', action='store_true', help='machine-readable output')
     args = parser.parse_args(argv)
     rows = examine()
     works = core_works(rows)
     if args.json:
         print(json.dumps(dict(core_works=works, rows=[asdict(row) for row in rows]), indent=2))
-        return 0 if works else 1
-    print(table(rows))
-    bad = [row.name for row in rows if row.status in (MISSING, BROKEN)]
-    verdict = 'the core works' if works else 'the core does NOT work'
-    print(f'\n{verdict}; ' + (f'not available: {", ".join(bad)}' if bad else 'so does the rest'))
+    else:
+        bad = ', '.join(row.name for row in rows if row.status in (MISSING, BROKEN))
+        verdict = 'the core works' if works else 'the core does NOT work'
+        print(f'{table(rows)}\n\n{verdict}; ' + (f'not available: {bad}' if bad else 'so does the rest'))
     return 0 if works else 1
 
 
