@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.registry import DefaultScope, init_default_scope
+from package_env import installed, packages  # noqa: F401
 
 # Fixtures of all tests of tools: trained once a session.
 from tool_runs import classifier, data, detector, segmentor  # noqa: F401

@@ -6,16 +6,22 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(sys.prefix) / 'interop'
+
+def skip_or_fail(reason: str) -> None:
+    """Skip the test; fail in continuous integration, where nothing may be missing."""
+    (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(reason)
+
+
+def interop_folder() -> Path:
+    """The folder of requirements/interop.txt, which ``make setup`` makes; see :func:`skip_or_fail`."""
+    folder = Path(sys.prefix) / 'interop'
+    if not folder.is_dir():
+        skip_or_fail(f'no {folder}: make setup installs the packages of requirements/interop.txt there')
+    return folder
 
 
 def interop_env(*paths: Path, **variables: str) -> dict[str, str]:
-    """The environment with the folder of requirements/interop.txt on PYTHONPATH, after the given paths.
-
-    Without the folder, which `make setup` makes, the test is skipped; in continuous integration it fails.
-    """
-    if not FOLDER.is_dir():
-        reason = f'no {FOLDER}: make setup installs the packages of requirements/interop.txt there'
-        (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(reason)
+    """This process's environment variables with ``paths`` and, at last, that folder on PYTHONPATH."""
     before = [os.environ['PYTHONPATH']] if os.environ.get('PYTHONPATH') else []
-    return os.environ | {'PYTHONPATH': os.pathsep.join([*map(str, paths), *before, str(FOLDER)])} | variables
+    path = os.pathsep.join([*map(str, paths), *before, str(interop_folder())])
+    return os.environ | {'PYTHONPATH': path} | variables

@@ -170,9 +170,9 @@ def data(tmp_path_factory) -> Path:
     return root
 
 
-def write_config(folder: Path, task: str, data: Path, extra: str = '') -> Path:
+def write_config(folder: Path, task: str, data: Path, extra: str = '', root: Path = REPO) -> Path:
     path = folder / f'{task}.py'
-    text = TASKS[task].replace('{repo!r}', repr(str(REPO))).replace('{data!r}', repr(str(data)))
+    text = TASKS[task].replace('{repo!r}', repr(str(root))).replace('{data!r}', repr(str(data)))
     path.write_text(text + '\n' + extra)
     return path
 
