@@ -126,6 +126,9 @@ FRAGMENTS: dict[str, bytes] = {
     'numpy array of an odd kind': call(ARRAY, name('numpy', 'ndarray'), group(number(0)), EMPTY),
     'CfgNode with hidden method': name('yacs.config', 'CfgNode') + EMPTY + NEWOBJ
     + DICT + text('items') + NONE + b's' + BUILD,
+    'Namespace with hidden method': name('argparse', 'Namespace') + EMPTY + NEWOBJ
+    + DICT + text('__class__') + SIZE + b's' + BUILD,
+    'Namespace called': call(name('argparse', 'Namespace')),
     'HistoryBuffer with other statistics': HISTORY + EMPTY + NEWOBJ + DICT + text('statistics_methods')
     + DICT + text('mean') + SIZE + b's' + b's' + BUILD,
     'HistoryBuffer with exchanged statistics': HISTORY + EMPTY + NEWOBJ + DICT + text('statistics_methods')

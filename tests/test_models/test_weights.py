@@ -1,5 +1,6 @@
 """Checkpoints of every format are loaded completely or not at all, run no code, and are written atomically."""
 
+import argparse
 import errno
 import os
 import pickle
@@ -63,6 +64,7 @@ def write_formats(folder: Path, state: dict) -> dict[str, Path]:
         'mmengine': dict(
             meta=dict(epoch=1, iter=9, seed=0), state_dict=mmengine_of(state), message_hub=dict(loss=history)
         ),
+        'timm': dict(state_dict=mmengine_of(state), args=argparse.Namespace(lr=0.1, betas=[0.9]), version=2),
         'bare': state,
         'wrapped': dict(model={f'module.{key}': value for key, value in state.items()}),
         'compiled': dict(state_dict={f'backbone._orig_mod.{k}': v for k, v in backbone_of(state).items()}),
@@ -77,7 +79,7 @@ def write_formats(folder: Path, state: dict) -> dict[str, Path]:
     return {path.stem: path for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize('name', ['release', 'mmengine', 'bare', 'wrapped', 'compiled', 'safe'])
+@pytest.mark.parametrize('name', ['release', 'mmengine', 'timm', 'bare', 'wrapped', 'compiled', 'safe'])
 def test_every_format_loads(tmp_path, released, make_vheat, name, caplog):
     path = write_formats(tmp_path, released)[name]
     kind = PretrainedInit if name == 'safe' else 'Pretrained'  # configs in pure Python hold the class

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from collections import OrderedDict
@@ -104,7 +105,7 @@ class CheckpointInspector(PickleInspector):
         for core in ('numpy.core', 'numpy._core'):
             self.functions[f'{core}.multiarray._reconstruct'] = self._array
             self.functions[f'{core}.multiarray.scalar'] = self._scalar
-        self.classes = {_HISTORY: 'history', 'yacs.config.CfgNode': 'ordered'}
+        self.classes = {_HISTORY: 'history', 'yacs.config.CfgNode': 'ordered', 'argparse.Namespace': 'namespace'}
         self.known = {*self.functions, *self.classes, *STORAGE_SIZES, 'numpy.ndarray'}
         self.trusted = _trusted_by_the_user() - self.known
 
@@ -137,6 +138,8 @@ class CheckpointInspector(PickleInspector):
             metadata = state.items.get('_metadata', Value('dict'))
             if not _is_dict(metadata) or not all(_is_dict(entry) for entry in metadata.items.values()):
                 self.refuse('the _metadata of its weights is not a dict of dicts')
+        elif target.kind == 'namespace' and _is_dict(state):
+            self._check_attributes(argparse.Namespace, state)
         elif target.kind == 'history' and _is_dict(state) and state.items.keys() <= _HISTORY_STATE:
             methods = [state.items[key] for key in state.items if key.endswith('statistics_methods')]
             if not all(_is_dict(method) and _is_own(method.items) for method in methods):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from collections import OrderedDict
 
@@ -49,7 +50,7 @@ def _empty_bytes() -> bytes:
 
 
 def register_safe_globals() -> None:
-    """Allow PyTorch's safe loader the classes in MMEngine's and the released checkpoints.
+    """Allow PyTorch's safe loader the classes in MMEngine's, timm's and the released checkpoints.
 
     ``torch.load`` is safe by default since PyTorch 2.6 and then refuses MMEngine's own training checkpoints,
     whose log history is a pickled ``HistoryBuffer`` of numpy arrays (mmengine <= 0.10.7): ``--resume``,
@@ -61,6 +62,7 @@ def register_safe_globals() -> None:
     torch.serialization.add_safe_globals(
         [
             HistoryBuffer,
+            argparse.Namespace,  # the arguments in checkpoints of timm's training script
             (_history_buffer_method, 'builtins.getattr'),
             (_empty_bytes, 'builtins.bytes'),
             # The configuration in released checkpoints, read as a plain dict; yacs need not be installed.
