@@ -90,7 +90,7 @@ def test_unknown_name_lists_the_known():
 @pytest.mark.parametrize(
     ('arguments', 'words'),
     [
-        (dict(pretrained=True), 'path or URL.*True'),
+        (dict(pretrained=False, ema=True), 'give its path as pretrained'),
         (dict(ema=True), 'give its path as pretrained'),
         (dict(prefix='teacher.'), 'give its path as pretrained'),
         (dict(features_only=True, num_classes=10), 'num_classes=10'),

@@ -14,7 +14,9 @@ from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 
 from vheat_mm.apis.cfg_options import CfgOptionsAction, check_keys
-from vheat_mm.utils.config_place import type_name
+from vheat_mm.checkpoint.released import RELEASES, find_released
+from vheat_mm.engine.runner.build import add_hook
+from vheat_mm.utils.config_place import is_type, type_name
 from vheat_mm.utils.errors import ToolError, describe
 from vheat_mm.utils.torchvision import ensure_torchvision
 
@@ -118,6 +120,27 @@ def apply_randomness(cfg: Config, seed: int | None, deterministic: bool) -> None
         randomness['deterministic'] = True
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # PyTorch requires it on GPUs
     cfg.randomness = randomness
+
+
+def apply_released(cfg: Config, path: str) -> None:
+    """``tools/test.py CONFIG released``: load what was published for this config, found by its name; changes ``cfg``.
+
+    Of a classifier's file that is the moving average, if it holds one: the published accuracy is the average's.
+
+    Raises:
+        ToolError: Nothing was published for this config.
+    """
+    release = find_released(Path(path).stem)
+    if release is None:
+        raise ToolError(
+            f"'released': no checkpoint was published for {Path(path).stem}; give the path of one, or test one of "
+            f'{", ".join(release.config for release in RELEASES)}'
+        )
+    cfg.load_from = release.name
+    add_hook(cfg, 'CheckpointCheckHook')
+    for hook in cfg.custom_hooks:
+        if is_type(hook, 'CheckpointCheckHook'):
+            hook.setdefault('ema', None)
 
 
 def apply_resume(cfg: Config, resume: str | None) -> None:

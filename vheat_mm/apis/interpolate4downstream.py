@@ -16,7 +16,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument(
-        '--pt_pth', required=True, help='checkpoint to read: classification, MMEngine, bare, safetensors'
+        '--pt_pth',
+        required=True,
+        help='checkpoint to read: classification, MMEngine, bare, safetensors; or a name such as vheat_tiny',
     )
     parser.add_argument(
         '--pt_size', type=int, nargs='+', default=[224], metavar='PIXELS', help='image size it was trained with, or H W'

@@ -9,6 +9,7 @@ import difflib
 import fnmatch
 import functools
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def list_models(pattern: str | None = None) -> list[str]:
 
 def create_model(
     name: str,
-    pretrained: str | os.PathLike | None = None,
+    pretrained: str | os.PathLike | bool | None = None,
     *,
     features_only: bool = False,
     out_indices: int | Sequence[int] | None = None,
@@ -51,8 +52,8 @@ def create_model(
 
     Args:
         name: One of :func:`list_models`.
-        pretrained: Path or URL of a checkpoint in any format that :mod:`vheat_mm.checkpoint.io` reads; without it
-            weights are random.
+        pretrained: ``True`` for the published weights; or path, URL or name of a checkpoint in any format that
+            :mod:`vheat_mm.checkpoint.io` reads; without it weights are random.
         features_only: Build the backbone, whose output is a tuple of maps described by ``feature_info``, instead of
             the classifier.
         out_indices: With ``features_only``: stages whose maps are returned; all four by default.
@@ -68,7 +69,7 @@ def create_model(
     """
     arch = _arch_of(name)
     if isinstance(pretrained, bool):
-        raise ValueError(f'pretrained must be the path or URL of a checkpoint or None, got {pretrained!r}')
+        pretrained = name if pretrained else None
     if pretrained is None and (ema or prefix is not None):
         raise ValueError('ema and prefix choose weights in a checkpoint: give its path as pretrained, or drop them')
     if features_only and num_classes is not None:
@@ -104,6 +105,12 @@ def create_model(
 def _arch_of(name: str) -> str:
     if name in _MODELS:
         return _MODELS[name]
+    if config := re.search(r'vheat-([tsb])_', str(name)):
+        model = next(model for model in _MODELS if model.startswith(f'vheat_{config[1]}'))
+        raise ValueError(
+            f'{name!r} is the name of a config, not of a model: its backbone is create_model({model!r}), and all of it '
+            "is built by the config's library, for example mmengine.hub.get_model('vheat_mm::detection/...py')"
+        )
     close = difflib.get_close_matches(str(name).lower().replace('-', '_'), _MODELS, n=2, cutoff=0.55)
     hint = f'did you mean {" or ".join(map(repr, close))}? ' if close else ''
     raise ValueError(f'unknown model {name!r}: {hint}list_models() names {", ".join(_MODELS)}')

@@ -11,6 +11,7 @@ from vheat_mm.apis.config import (
     apply_amp,
     apply_auto_scale_lr,
     apply_randomness,
+    apply_released,
     apply_resume,
     make_parser,
     read_config,
@@ -100,7 +101,10 @@ def run_training(argv: Sequence[str] | None = None) -> int:
 def run_testing(argv: Sequence[str] | None = None) -> int:
     """Test; returns the exit status: 0, or 2 after an error message on stderr."""
     parser = make_parser('Test a detector, segmentor or classifier.')
-    parser.add_argument('checkpoint', help='checkpoint file, of this package or of the vHeat release')
+    parser.add_argument(
+        'checkpoint',
+        help="checkpoint file, of this package or of the vHeat release; 'released' for the published one of the config",
+    )
     parser.add_argument(
         '--out', help='write the predictions: a .pkl file, or for segmentation a folder for the label maps'
     )
@@ -117,6 +121,8 @@ def run_testing(argv: Sequence[str] | None = None) -> int:
             if cfg.get(field) is None:
                 raise ToolError(f'{args.config!r} defines no {field}: it is not for testing')
         cfg.load_from, cfg.resume = args.checkpoint, False
+        if args.checkpoint == 'released':
+            apply_released(cfg, args.config)
         # state_dict holds the averaged weights already. With test-time augmentation, EMAHook (mmengine <= 0.10.7) fails
         # to load its own copy and would swap in random weights.
         remove_hook(cfg, 'EMAHook')

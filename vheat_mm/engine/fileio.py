@@ -26,6 +26,7 @@ from mmengine.runner import CheckpointLoader
 from vheat_mm.checkpoint.io import read_checkpoint, read_stream
 from vheat_mm.checkpoint.released import BASE, RELEASED
 from vheat_mm.datasets.checks.images import read_header, read_image, refuse_size
+from vheat_mm.models.find_weights import AVERAGE
 from vheat_mm.models.pretrained_init import replace_pretrained_init, to_mmengine
 from vheat_mm.models.weights import SOURCE
 from vheat_mm.utils.files import atomic_file, open_regular, read_regular
@@ -96,7 +97,8 @@ def load_from_release(filename: str, map_location: Any = None) -> dict[str, Any]
     found = to_mmengine(checkpoint, None, filename)
     state: Any = OrderedDict(found)
     state._metadata = {**getattr(found, '_metadata', {}), 'backbone': {'version': 1, SOURCE: filename}}
-    return {'state_dict': state, 'meta': checkpoint.get('meta', {})}
+    average = {AVERAGE: checkpoint[AVERAGE]} if AVERAGE in checkpoint else {}  # for CheckpointCheckHook
+    return {'state_dict': state, 'meta': checkpoint.get('meta', {}), **average}
 
 
 for _prefix, _loader in list(CheckpointLoader._schemes.items()):

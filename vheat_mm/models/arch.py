@@ -36,6 +36,18 @@ def read_arch(arch: str | Mapping) -> dict:
     return checked | dict(depths=tuple(depths))
 
 
+def published_weights(arch: str | Mapping) -> str:
+    """Name of the published classifier with this ``arch`` argument; ValueError if none was published."""
+    found = read_arch(arch)
+    for name, published in ARCHS.items():
+        if found == published:
+            return f'vheat_{name}'
+    raise ValueError(
+        f'pretrained=True: no weights were published for arch={arch!r}; give the path of a checkpoint, or one of the '
+        f'published variants, {", ".join(map(repr, ARCHS))}'
+    )
+
+
 def read_out_indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:
     """Check output indices and return the stages, 0 to 3, in ascending order."""
     given = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)

@@ -19,6 +19,7 @@ from vheat_mm.utils.text import first_line, some_of
 ANCHOR = 'patch_embed.conv1.weight'  # a key of every vHeat state dict, whatever the task
 MAX_GRID = 1 << 12  # entries per side of an FVE: images of 16384 pixels
 _MAX_WIDTH = 1 << 12
+AVERAGE = 'model_ema'  # the release's entry with the moving average
 
 # key of the released classifier -> key of mmpretrain's ImageClassifier: inside the backbone, and outside of it
 _OUT_NORM_OF_CLASSIFIER = ('classifier.0.', 'outnorm3.')
@@ -50,7 +51,7 @@ class Weights:
 
 
 def find_weights(
-    checkpoint: dict[str, Any], path: str = 'checkpoint', prefix: str | None = None, ema: bool = False
+    checkpoint: dict[str, Any], path: str = 'checkpoint', prefix: str | None = None, ema: bool | None = False
 ) -> Weights:
     """Find the vHeat backbone in a checkpoint of any supported format.
 
@@ -58,7 +59,8 @@ def find_weights(
         checkpoint: What :func:`~vheat_mm.checkpoint.read_checkpoint` returns.
         path: Named in errors.
         prefix: Prefix of the backbone's keys, needed where a file holds several backbones.
-        ema: Take the exponential moving average. (In MMEngine's files ``state_dict`` is the average already.)
+        ema: Take the exponential moving average, with ``None`` if there is one. (In MMEngine's files ``state_dict`` is
+            the average already.)
 
     Raises:
         CheckpointError: No or several vHeat backbones; ``ema`` asked of a file without one; FVEs that are not a grid;
@@ -101,11 +103,12 @@ def find_weights(
     return weights
 
 
-def _select_entry(checkpoint: dict[str, Any], path: str, ema: bool) -> tuple[str, StateDict]:
+def _select_entry(checkpoint: dict[str, Any], path: str, ema: bool | None) -> tuple[str, StateDict]:
     plain = [name for name in ('model', 'state_dict') if isinstance(checkpoint.get(name), dict)]
-    averaged = [name for name in ('model_ema', 'state_dict_ema') if isinstance(checkpoint.get(name), dict)]
+    averaged = [name for name in (AVERAGE, 'state_dict_ema') if isinstance(checkpoint.get(name), dict)]
     if 'ema_state_dict' in checkpoint and 'state_dict' in plain:
         averaged.append('state_dict')  # MMEngine's EMAHook saves the average there, the raw weights as ema_state_dict
+    ema = bool(averaged) if ema is None else ema
     if ema and not averaged:
         raise CheckpointError(
             f'{path!r} holds no moving average of the weights; its entries are {some_of(checkpoint)}. Drop ema.'

@@ -12,7 +12,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from vheat_mm.checkpoint.io import StateDict, read_checkpoint
-from vheat_mm.models.find_weights import ANCHOR, find_weights, require_names
+from vheat_mm.models.find_weights import ANCHOR, AVERAGE, find_weights, require_names
 from vheat_mm.models.weights import adapt_bands, check_fit, is_counter, load_fitting, load_pretrained
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.text import first_line, some_of
@@ -80,7 +80,7 @@ def load_initial(module: nn.Module, path: str, prefix: str | None = None) -> Non
 
 
 def to_mmengine(
-    checkpoint: dict[str, Any], own: StateDict | None, path: str, ema: bool = False, finetune: bool = False
+    checkpoint: dict[str, Any], own: StateDict | None, path: str, ema: bool | None = False, finetune: bool = False
 ) -> dict[str, Any]:
     """The weights in a checkpoint for a model, under MMEngine's keys.
 
@@ -98,8 +98,11 @@ def to_mmengine(
     own = {_ANCHOR_OF_MODEL: torch.empty(0)} if own is None else own
     if _ANCHOR_OF_MODEL not in own:
         return state
-    if not own.keys() & state.keys():  # keys of another format, or another model
+    averaged = ema is not False and AVERAGE in checkpoint
+    if averaged or not own.keys() & state.keys():  # or keys of another format, or another model
         state = find_weights(checkpoint, path, ema=ema).to_mmengine()
+        if averaged:
+            print_log(f'{path!r}: the moving average of the weights is taken, entry {AVERAGE!r}', logger='current')
     elif isinstance(state.get(_ANCHOR_OF_MODEL), Tensor):
         find_weights(dict(state_dict=state), path, prefix='backbone.')  # raises for damaged tensors
     if finetune:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vheat_mm.checkpoint.io import StateDict, read_checkpoint, save_atomically
+from vheat_mm.checkpoint.released import find_released, locate
 from vheat_mm.models.find_weights import MAX_GRID, Weights, find_weights
 from vheat_mm.models.weights import Variant
 from vheat_mm.ops.freq_embed import NUM_STAGES, grid_sizes, resize_freq_embed
@@ -105,7 +106,8 @@ def check_target(source: str, target: str) -> None:
     Raises:
         CheckpointError: The target is the input.
     """
-    given, wanted = Path(source).expanduser(), Path(target).expanduser()
+    release = find_released(source)
+    given, wanted = Path(locate(release) if release else source).expanduser(), Path(target).expanduser()
     if wanted.exists() and given.exists() and given.samefile(wanted):
         raise CheckpointError(f'{target!r} is the input itself: choose another --tg_pth, the input is never written')
 

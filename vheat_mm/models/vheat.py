@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vheat_mm import ops
-from vheat_mm.models.arch import read_arch, read_out_indices
+from vheat_mm.models.arch import published_weights, read_arch, read_out_indices
 from vheat_mm.models.feature_info import FeatureInfo
 from vheat_mm.models.plain import declare, has_plain_layers, is_conv, may_fuse
 from vheat_mm.models.weights import load_pretrained, resize_loaded_freq_embeds
@@ -370,8 +370,8 @@ class VHeat(BaseModule):
             after the last of them are not built.
         frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages with their output norms.
         with_cp: Recompute every block's activations in backward to save memory.
-        pretrained: Path of a checkpoint, as in ``init_cfg=dict(type='Pretrained', checkpoint=pretrained)``; mmseg's
-            models pass theirs.
+        pretrained: Path or name of a checkpoint, as in ``init_cfg=dict(type='Pretrained', checkpoint=pretrained)``
+            (mmseg's models pass theirs), or ``True`` for the published classifier of ``arch``.
         init_cfg: MMEngine's. ``dict(type='Pretrained', checkpoint=...)`` goes through
             :func:`vheat_mm.models.weights.load_pretrained` and takes its arguments (``prefix``, ``ema``, ``resize``).
 
@@ -390,9 +390,11 @@ class VHeat(BaseModule):
         out_indices: int | Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
         with_cp: bool = False,
-        pretrained: str | None = None,
+        pretrained: str | bool | None = None,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
+        if isinstance(pretrained, bool):
+            pretrained = published_weights(arch) if pretrained else None
         if pretrained is not None:
             if init_cfg is not None:
                 raise ValueError(f'both pretrained={pretrained!r} and init_cfg={init_cfg!r} are given: keep one')

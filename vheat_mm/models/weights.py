@@ -11,8 +11,9 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from vheat_mm.checkpoint.io import StateDict, read_checkpoint
+from vheat_mm.checkpoint.released import find_released
 from vheat_mm.models.arch import ARCHS
-from vheat_mm.models.find_weights import ANCHOR, Weights, find_weights
+from vheat_mm.models.find_weights import ANCHOR, AVERAGE, Weights, find_weights
 from vheat_mm.ops.freq_embed import NUM_STAGES, resize_freq_embed
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.text import first_line, format_shape, some_of
@@ -208,9 +209,11 @@ def check_fit(state: StateDict, own: StateDict, path: str, finetune: bool) -> st
         backbone = compare(_backbone_of(state), _backbone_of(own), 'backbone.')
         wrong = backbone.without(lambda key: is_counter(key) or _OUT_NORM.match(key))
     if not wrong.fits or not found.num_loaded:
+        release = find_released(path)
+        config = f'its config, {release.config}' if release else 'the config that the checkpoint was trained with'
         raise CheckpointError(
             f'{path!r} does not fit the model{_describe_variants(state, own)}; {wrong}. '
-            'Take the config that the checkpoint was trained with, or a checkpoint of this config.'
+            f'Take {config}, or a checkpoint of this config.'
         )
     return f'Weights from {path!r}: {found.report()}'
 
@@ -258,7 +261,8 @@ def load_pretrained(
     if map_location != 'cpu':
         raise ValueError(f"map_location must be 'cpu', got {map_location!r}: weights are copied to the model's device")
     path = os.fspath(checkpoint)
-    weights = find_weights(read_checkpoint(path), path, prefix, ema)
+    content = read_checkpoint(path)
+    weights = find_weights(content, path, prefix, ema)
     own = model.state_dict()
     variant = _check_variant(weights.backbone, own, repr(path))
     backbone, note = adapt_bands(weights.backbone, own, path)
@@ -274,6 +278,8 @@ def load_pretrained(
     except RuntimeError as error:  # memory, and types of numbers without interpolation or conversion
         raise CheckpointError(f'{path!r} cannot be loaded: {first_line(error)}') from error
     found.left_over += weights.head
+    if AVERAGE in content and weights.entry != AVERAGE:
+        note += f'\n  their moving average, entry {AVERAGE!r}, is not taken: ema=True takes it'
     print_log(
         f'Weights of {variant.name} from {path!r}, entry {weights.entry!r}: {found.report(resize)}{note}',
         logger='current',
@@ -337,6 +343,9 @@ def _check_variant(backbone: StateDict, own: StateDict, source: str) -> Variant:
         )
     same_stages = found.depths[: len(expected.depths)] == expected.depths
     if (found.embed_dims, found.layer_scale) != (expected.embed_dims, expected.layer_scale) or not same_stages:
-        remedy = f"set arch={found.arch!r}, or take this model's checkpoint" if found.arch else 'set arch to match'
+        own_name = f", such as 'vheat_{expected.arch}'" if expected.arch else ''
+        remedy = (
+            f"set arch={found.arch!r}, or take this model's checkpoint{own_name}" if found.arch else 'set arch to match'
+        )
         raise VariantError(f'{source} holds {found}, but the model is {expected}: {remedy}', found.arch)
     return expected

@@ -25,7 +25,7 @@ class CheckpointCheckHook(Hook):
     Keys of the release's checkpoints (entries ``model`` and ``model_ema``) are converted to MMEngine's.
 
     Args:
-        ema: Take the moving average from a checkpoint of the release.
+        ema: Take the moving average from a checkpoint of the release, with ``None`` if it holds one.
 
     Raises:
         CheckpointError: The checkpoint does not fit.
@@ -33,7 +33,7 @@ class CheckpointCheckHook(Hook):
 
     priority = 'VERY_HIGH'  # before EMAHook, which reads ``state_dict``
 
-    def __init__(self, ema: bool = False) -> None:
+    def __init__(self, ema: bool | None = False) -> None:
         self.ema = ema
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
