@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from config_models import load
 from mmengine.registry import MODELS
 from stand_ins import write_release
 from tool_runs import call, call_failing, write_config
 
 from vheat_mm import VHeat, create_model
+from vheat_mm.apis.config import apply_released
 from vheat_mm.apis.interpolate4downstream import main as interpolate
 from vheat_mm.apis.train_test import run_testing, run_training
-from vheat_mm.checkpoint.released import find_released
+from vheat_mm.checkpoint.released import RELEASES, find_released
 from vheat_mm.models.find_weights import find_weights
 from vheat_mm.models.resize_weights import Resized
 from vheat_mm.utils.errors import CheckpointError
@@ -125,6 +127,17 @@ def test_released_detector(detector, tmp_path, data, monkeypatch, capfd):
     message = call_failing(capfd, run_testing, config.rename(tmp_path / 'mine.py'), 'released', cwd=tmp_path)
     assert "'released': no checkpoint was published for mine; give the path of one, or test one of vheat-t_" in message
     assert DETECTOR in message
+
+
+@pytest.mark.parametrize(
+    ('release', 'size'), [(release, 224 if 'tiny_det_ms' in release.path else 512) for release in RELEASES[3:]]
+)
+def test_the_grid_of_the_published_embeddings(release, size):
+    """Padded to another grid they would be another function; one detector was published with 224 pixels."""
+    folder = 'detection' if 'det' in release.path else 'segmentation'
+    cfg = load(f'{folder}/{release.config}.py')
+    apply_released(cfg, f'anywhere/{release.config}.py')
+    assert (cfg.load_from, cfg.model.backbone.img_size) == (release.name, size)
 
 
 def as_released(checkpoint: dict) -> dict[str, torch.Tensor]:

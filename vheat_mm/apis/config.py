@@ -11,6 +11,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.logging import print_log
 from mmengine.registry import init_default_scope
 
 from vheat_mm.apis.cfg_options import CfgOptionsAction, check_keys
@@ -137,6 +138,9 @@ def apply_released(cfg: Config, path: str) -> None:
             f'{", ".join(release.config for release in RELEASES)}'
         )
     cfg.load_from = release.name
+    if release.img_size is not None:  # padded to another grid, the embeddings would be those of another function
+        cfg.model.backbone.img_size = release.img_size
+        print_log(f'{release.name}: published with model.backbone.img_size={release.img_size}, which is set', 'current')
     add_hook(cfg, 'CheckpointCheckHook')
     for hook in cfg.custom_hooks:
         if is_type(hook, 'CheckpointCheckHook'):
