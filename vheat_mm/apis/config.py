@@ -15,8 +15,10 @@ from mmengine.logging import print_log
 from mmengine.registry import init_default_scope
 
 from vheat_mm.apis.cfg_options import CfgOptionsAction, check_keys
+from vheat_mm.checkpoint.io import read_checkpoint
 from vheat_mm.checkpoint.released import RELEASES, find_released
 from vheat_mm.engine.runner.build import add_hook
+from vheat_mm.models.find_weights import find_weights
 from vheat_mm.utils.config_place import is_type, type_name
 from vheat_mm.utils.errors import ToolError, describe
 from vheat_mm.utils.torchvision import ensure_torchvision
@@ -126,7 +128,8 @@ def apply_randomness(cfg: Config, seed: int | None, deterministic: bool) -> None
 def apply_released(cfg: Config, path: str) -> None:
     """``tools/test.py CONFIG released``: load what was published for this config, found by its name; changes ``cfg``.
 
-    Of a classifier's file that is the moving average, if it holds one: the published accuracy is the average's.
+    Of a classifier's file that is the moving average, if it holds one: the published accuracy is the average's. The
+    model is built for the image size that the file's frequency value embeddings have.
 
     Raises:
         ToolError: Nothing was published for this config.
@@ -145,6 +148,10 @@ def apply_released(cfg: Config, path: str) -> None:
     for hook in cfg.custom_hooks:
         if is_type(hook, 'CheckpointCheckHook'):
             hook.setdefault('ema', None)
+    grid = find_weights(read_checkpoint(release.name), release.name, ema=None).backbone['freq_embed.0'].shape[0]
+    backbone = cfg.model.backbone
+    if 4 * grid != backbone.get('img_size', 224):  # the 3x detector of vHeat-T; padded embeddings are another function
+        backbone.img_size = 4 * grid
 
 
 def apply_resume(cfg: Config, resume: str | None) -> None:
