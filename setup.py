@@ -81,7 +81,7 @@ def description() -> str:
         code, image, text, target = link.groups()
         if code or target.startswith(('https://', 'http://', '#')):
             return link[0]
-        return '' if image else text if target in text else f'{text} ({target})'
+        return '' if image else text if target.split('#')[0] in text else f'{text} ({target})'
 
     readme = (HERE / 'README.md').read_text(encoding='utf-8')
     return re.sub(r'(```.*?```)|(!?)\[([^]]*)\]\(([^)\s]+)\)', plain, readme, flags=re.DOTALL)

@@ -92,8 +92,12 @@ step 4 "mmcv with compiled operators (requirements/mmcv.txt)"
 "$REPO/.dev_scripts/build_mmcv.sh" "$PY"
 
 step 5 "libraries beside the stack, for tests (requirements/interop.txt)"
-rm -rf "$VENV/interop" # pip replaces nothing in a target folder without a warning for each package
-pip install -qq --no-deps --target "$VENV/interop" -r "$REPO/requirements/interop.txt"
+interop="$VENV/interop" content="$(cksum <"$REPO/requirements/interop.txt")"
+if [[ ! -f $interop/.ready || $(<"$interop/.ready") != "$content" ]]; then
+    rm -rf "$interop" # in a target folder, pip replaces nothing
+    pip install -qq --no-deps --target "$interop" -r "$REPO/requirements/interop.txt"
+    echo "$content" >"$interop/.ready"
+fi
 
 step 6 "vheat_mm, editable"
 pip install -qq --no-deps --no-build-isolation -e "$REPO"
