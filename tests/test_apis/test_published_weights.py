@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from config_models import load
+from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from stand_ins import write_release
 from tool_runs import call, call_failing, write_config
@@ -34,22 +35,32 @@ def weights(release, monkeypatch) -> dict[str, torch.Tensor]:
     return torch.load(release / TINY, weights_only=True)['model']
 
 
+class Whole(BaseModule):
+    """A model as of the libraries, whose own init_cfg loads its backbone."""
+
+    def __init__(self) -> None:
+        super().__init__(init_cfg=dict(type='Pretrained', checkpoint='vheat_tiny'))
+        self.backbone = VHeat('tiny')
+
+
 @pytest.mark.parametrize(
     'make',
     [
-        lambda: create_model('vheat_tiny', pretrained=True).backbone,
+        Whole,
+        lambda: create_model('vheat_tiny', pretrained=True),
         lambda: create_model('vheat_tiny', 'vheat_tiny', features_only=True),
         lambda: VHeat('tiny', pretrained=True),
         lambda: VHeat(dict(embed_dims=96, depths=[2, 2, 6, 2]), pretrained=True),
         lambda: VHeat(init_cfg=dict(type='Pretrained', checkpoint='vheat_tiny')),
         lambda: MODELS.build(dict(type='MMDET_VHEAT', depths=(2, 2, 6, 2), post_norm=False, pretrained='vheat_tiny')),
     ],
-    ids=['create_model', 'features', 'arch', 'custom arch', 'init_cfg', 'release'],
+    ids=['model.init_cfg', 'create_model', 'features', 'arch', 'custom arch', 'init_cfg', 'release'],
 )
 def test_models(weights, make):
     model = make()
     if hasattr(model, 'init_weights'):
         model.init_weights()
+    model = getattr(model, 'backbone', model)
     assert torch.equal(model.freq_embed[2], weights['freq_embed.2'])
     assert torch.equal(model.outnorm3.bias, weights['classifier.0.bias'])
 
