@@ -12,18 +12,14 @@ def vheat_tiny(pretrained=False, **arguments):
         pretrained: True for the published weights, or the path or address of a checkpoint.
         arguments: See vheat_mm.create_model: features_only, out_indices, num_classes, img_size, in_channels, ...
     """
-    return _create('vheat_tiny', pretrained, arguments)
+    return _create_model('vheat_tiny', pretrained, **arguments)
 
 
 def vheat_small(pretrained=False, **arguments):
     """vHeat-S, 52.2 M parameters, 83.6 % top-1 on ImageNet-1K; arguments as for vheat_tiny."""
-    return _create('vheat_small', pretrained, arguments)
+    return _create_model('vheat_small', pretrained, **arguments)
 
 
 def vheat_base(pretrained=False, **arguments):
     """vHeat-B, 92.1 M parameters, 83.9 % top-1 on ImageNet-1K; arguments as for vheat_tiny."""
-    return _create('vheat_base', pretrained, arguments)
-
-
-def _create(name, pretrained, arguments):
-    return _create_model(name, name if pretrained is True else pretrained or None, **arguments)
+    return _create_model('vheat_base', pretrained, **arguments)

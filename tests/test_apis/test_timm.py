@@ -334,7 +334,7 @@ assert 'vheat_tiny' in timm.list_models()
 import torch
 import segmentation_models_pytorch as smp
 image = torch.randn(1, 3, 64, 96)
-net = smp.Unet('tu-vheat_tiny', encoder_weights='imagenet', classes=5).eval()
+net = smp.Unet('tu-vheat_tiny', encoder_weights=True, classes=5).eval()
 assert net.encoder.out_channels == [3, 0, 96, 192, 384, 768]
 with torch.no_grad():
     assert net(image).shape == (1, 5, 64, 96)
