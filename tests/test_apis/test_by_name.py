@@ -11,10 +11,12 @@ import torch
 from mmengine.config import Config
 from mmengine.hub import get_config, get_model
 from mmengine.registry import MODELS
-from mmengine.runner import load_checkpoint
-from stand_ins import write_release
+from mmengine.runner import CheckpointLoader, load_checkpoint
+from mmengine.runner.checkpoint import load_from_local
+from stand_ins import released_checkpoint, write_release
 
 import vheat_mm
+from vheat_mm.engine import fileio
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.torchvision import ensure_torchvision
 
@@ -32,6 +34,14 @@ def release(tmp_path_factory) -> Path:
     for library in ('mmdet', 'mmseg', 'mmpretrain'):
         pytest.importorskip(library)
     return write_release(tmp_path_factory.mktemp('release'), ['vheat_tiny', 'vheat_small', DETECTOR, SEGMENTOR])
+
+
+@pytest.fixture(autouse=True)
+def _loaders(monkeypatch):
+    """MMEngine's, as ``import vheat_mm`` leaves them: the helpers of the tests install those of the tools."""
+    monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
+    CheckpointLoader.register_scheme(fileio._RELEASED, fileio.load_from_release, force=True)
+    CheckpointLoader.register_scheme('', fileio._prepared(load_from_local), force=True)
 
 
 @pytest.fixture
@@ -135,6 +145,8 @@ def test_detector(weights):
     assert_same(apis.DetInferencer(DETECTOR, device='cpu').model, published)
     model = apis.init_detector(vheat_mm.config_path(DETECTION), DETECTOR, device='cpu')
     assert_same(model, published)
+    with pytest.raises(CheckpointError, match=r'no released weights have that name.*mask-rcnn_vheat-t_fpn_1x_coco'):
+        apis.init_detector(vheat_mm.config_path(DETECTION), DETECTOR.replace('1x', '2x'), device='cpu')
 
 
 def test_segmentor(weights):
@@ -150,6 +162,16 @@ def test_weights_of_another_variant_by_name(weights):
     model = MODELS.build(get_config(f'vheat_mm::classification/{CLASSIFIER}.py').model)
     with pytest.raises(CheckpointError, match=r"'vheat_small' holds vHeat-small .* but the model is vHeat-tiny"):
         load_checkpoint(model, 'vheat_small')
+
+
+def test_a_classifier_in_the_format_of_the_release_by_its_path(tmp_path):
+    """MMEngine would load nothing of it. Its average is what was evaluated."""
+    pytest.importorskip('mmpretrain')
+    torch.save(released_checkpoint('vheat_tiny', ema=True), tmp_path / 'mine.pth')
+    average = torch.load(tmp_path / 'mine.pth')['model_ema']
+    model = MODELS.build(get_config(f'vheat_mm::classification/{CLASSIFIER}.py').model)
+    load_checkpoint(model, str(tmp_path / 'mine.pth'))
+    assert torch.equal(model.head.fc.weight, average['classifier.3.weight'])
 
 
 @pytest.mark.parametrize('first', ['mmpretrain', 'vheat_mm'])

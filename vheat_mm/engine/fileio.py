@@ -24,9 +24,9 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 
 from vheat_mm.checkpoint.io import read_checkpoint, read_stream
-from vheat_mm.checkpoint.released import BASE, RELEASED
+from vheat_mm.checkpoint.released import BASE
 from vheat_mm.datasets.checks.images import read_header, read_image, refuse_size
-from vheat_mm.models.find_weights import AVERAGE
+from vheat_mm.models.find_weights import ANCHOR
 from vheat_mm.models.pretrained_init import replace_pretrained_init, to_mmengine
 from vheat_mm.models.weights import SOURCE
 from vheat_mm.utils.files import atomic_file, open_regular, read_regular
@@ -64,14 +64,24 @@ def drop_code(checkpoint: Any, source: str) -> None:
         )
 
 
-def _without_code(load: Callable) -> Callable:
+def _prepared(load: Callable) -> Callable:
     @functools.wraps(load)
     def loader(filename: str, *args: Any, **options: Any) -> Any:
         checkpoint = load(filename, *args, **options)
         drop_code(checkpoint, filename)
-        return checkpoint
+        weights = checkpoint.get('model') if isinstance(checkpoint, dict) and 'state_dict' not in checkpoint else None
+        # Of a classifier in the release's format MMEngine would load nothing, with a warning.
+        return _as_mmengine(checkpoint, filename) if isinstance(weights, dict) and ANCHOR in weights else checkpoint
 
     return loader
+
+
+def _as_mmengine(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
+    """With MMEngine's entry: of a classifier the average, if there is one, whose accuracy is the published one."""
+    found = to_mmengine(checkpoint, None, source, ema=None)
+    state: Any = OrderedDict(found)
+    state._metadata = {**getattr(found, '_metadata', {}), 'backbone': {'version': 1, SOURCE: source}}
+    return {**checkpoint, 'state_dict': state}
 
 
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
@@ -92,20 +102,19 @@ def load_from_release(filename: str, map_location: Any = None) -> dict[str, Any]
     Args:
         filename: See :data:`vheat_mm.checkpoint.released.RELEASED`.
         map_location: Ignored, as by :func:`load_from_local`.
+
+    Raises:
+        CheckpointError: No published weights have that name.
     """
-    checkpoint = load_from_local(filename)
-    found = to_mmengine(checkpoint, None, filename)
-    state: Any = OrderedDict(found)
-    state._metadata = {**getattr(found, '_metadata', {}), 'backbone': {'version': 1, SOURCE: filename}}
-    average = {AVERAGE: checkpoint[AVERAGE]} if AVERAGE in checkpoint else {}  # for CheckpointCheckHook
-    return {'state_dict': state, 'meta': checkpoint.get('meta', {}), **average}
+    return _as_mmengine(load_from_local(filename), filename)
 
 
 for _prefix, _loader in list(CheckpointLoader._schemes.items()):
-    CheckpointLoader.register_scheme(_prefix, _without_code(_loader), force=True)
+    CheckpointLoader.register_scheme(_prefix, _prepared(_loader), force=True)
 # MMEngine takes the first pattern that matches, in reverse order: the release's address comes before 'https://'.
-_NAMES = '|'.join(map(re.escape, RELEASED))
-CheckpointLoader.register_scheme((rf'({_NAMES})$', re.escape(BASE)), load_from_release)
+# A word with vheat in it is a name; the known ones are listed for a wrong one.
+_RELEASED = (r'(?i)[\w-]*vheat[\w-]*$', re.escape(BASE))
+CheckpointLoader.register_scheme(_RELEASED, load_from_release)
 replace_pretrained_init(everywhere=False)
 
 
@@ -120,7 +129,9 @@ def install() -> None:
     """Make MMEngine use :func:`load_from_local`, :class:`AtomicLocalBackend` and strict weights in this process."""
     replace_pretrained_init(everywhere=True)
     register_backend('local', AtomicLocalBackend, prefixes='', force=True)
-    CheckpointLoader.register_scheme(prefixes=('', 'http://', 'https://'), loader=load_from_local, force=True)
+    # Published weights too: CheckpointCheckHook chooses among their entries, and compares them.
+    prefixes = ('', 'http://', 'https://', *_RELEASED)
+    CheckpointLoader.register_scheme(prefixes=prefixes, loader=load_from_local, force=True)
     if hasattr(mmengine.runner.checkpoint, '_safe_torch_load'):
         mmengine.runner.checkpoint._safe_torch_load = _load_without_fallback
 
