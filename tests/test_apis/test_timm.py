@@ -318,7 +318,7 @@ def test_saved_models_come_back(narrow, tmp_path):
         grown = resize_freq_embed(model.backbone.freq_embed[0], (32, 32), mode='pad')
         assert torch.equal(larger.backbone.freq_embed[0], grown)
         # and without timm
-        ours = create_model('vheat_tiny', tmp_path / 'saved' / 'model.safetensors', img_size=64, in_channels=1).eval()
+        ours = create_model('vheat_tiny', tmp_path / 'saved', img_size=64, in_channels=1).eval()
         assert torch.equal(ours(x), model(x))
 
 
