@@ -141,9 +141,6 @@ def apply_released(cfg: Config, path: str) -> None:
             f'{", ".join(release.config for release in RELEASES)}'
         )
     cfg.load_from = release.name
-    if release.img_size is not None:  # padded to another grid, the embeddings would be those of another function
-        cfg.model.backbone.img_size = release.img_size
-        print_log(f'{release.name}: published with model.backbone.img_size={release.img_size}, which is set', 'current')
     add_hook(cfg, 'CheckpointCheckHook')
     for hook in cfg.custom_hooks:
         if is_type(hook, 'CheckpointCheckHook'):
@@ -152,6 +149,7 @@ def apply_released(cfg: Config, path: str) -> None:
     backbone = cfg.model.backbone
     if 4 * grid != backbone.get('img_size', 224):  # the 3x detector of vHeat-T; padded embeddings are another function
         backbone.img_size = 4 * grid
+        print_log(f'{release.name}: published with model.backbone.img_size={4 * grid}, which is set', 'current')
 
 
 def apply_resume(cfg: Config, resume: str | None) -> None:

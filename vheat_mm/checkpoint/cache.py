@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+import time
 import urllib.parse
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from vheat_mm.checkpoint.verify import verify
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.files import PARTIAL, atomic_file, replace_file
 from vheat_mm.utils.text import first_line
+
+_HEAD_START = 1.0  # seconds
 
 
 def local_file(path: str) -> str:
@@ -66,6 +69,10 @@ def _cached(url: str, release: Released | None) -> Path:
     try:
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
+            if os.environ.get('LOCAL_RANK', '0') != '0':
+                time.sleep(
+                    _HEAD_START
+                )  # so that the launch's first process downloads: of the others, logs show errors only
             lock = FileLock(target.with_name(f'.{name}.lock'))
             try:
                 lock.acquire(timeout=0)

@@ -27,13 +27,11 @@ class Released:
         config: Stem of the config that it was trained with, which is a name of it.
         path: Of the file, below :data:`BASE`.
         name: What users call it; ``config`` if it is no other.
-        img_size: Of its frequency value embeddings in pixels, where the config here has another.
     """
 
     config: str
     path: str
     name: str = ''
-    img_size: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, 'name', self.name or self.config)
@@ -56,7 +54,7 @@ RELEASES = (
     Released('mask-rcnn_vheat-t_fpn_1x_coco', 'vheatdet/vHeat_tiny_det.pth'),
     Released('mask-rcnn_vheat-s_fpn_1x_coco', 'vheatdet/vHeat_small_det.pth'),
     Released('mask-rcnn_vheat-b_fpn_1x_coco', 'vheatdet/vHeat_base_det.pth'),
-    Released('mask-rcnn_vheat-t_fpn_ms-crop-3x_coco', 'vheatdet/vHeat_tiny_det_ms3x.pth', img_size=224),
+    Released('mask-rcnn_vheat-t_fpn_ms-crop-3x_coco', 'vheatdet/vHeat_tiny_det_ms3x.pth'),
     Released('mask-rcnn_vheat-s_fpn_ms-crop-3x_coco', 'vheatdet/vHeat_small_det_ms3x.pth'),
     Released('vheat-t_upernet_8xb2-160k_ade20k-512x512', 'vheatseg/vHeat_tiny_seg.pth'),
     Released('vheat-b_upernet_8xb2-160k_ade20k-512x512', 'vheatseg/vHeat_base_seg.pth'),
