@@ -180,3 +180,4 @@ def test_empty_environment(packages, tmp_path):
     assert report['core_works']
     assert {row['name'] for row in report['rows'] if row['status'] == 'missing'} >= {'mmcv', 'mmdet'}
     assert '--tg_size' in run(program / 'interpolate4downstream', '--help', cwd=tmp_path, PYTHONPATH='').stdout
+    shutil.rmtree(tmp_path / 'env')  # a gigabyte, which pytest would keep for three runs
