@@ -216,7 +216,7 @@ def _call(tool: Callable[[list[str]], int], arguments: tuple, cwd: Path) -> int:
     os.chdir(cwd)
     try:
         # MMEngine formats the config six times in a run, which takes a third of a second.
-        with mock.patch('mmengine.config.config.FormatCode', lambda text, **_: (text, True)):
+        with mock.patch('mmengine.config.config.FormatCode', lambda text, **_: (text, True), create=True):
             return tool([str(argument) for argument in arguments])
     finally:
         os.chdir(before)

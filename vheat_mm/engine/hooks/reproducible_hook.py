@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from vheat_mm.engine.optimizers.accumulated_gradients import (
     has_accumulated_gradients,
     restore_gradients,
 )
-from vheat_mm.engine.runner.data_loading import lazy_iterator, set_fetch, train_loader
+from vheat_mm.engine.runner.data_loading import LazyIterator, set_fetch, train_loader
 from vheat_mm.engine.runner.resumable_sampler import ITERATION, ResumableBatchSampler, SeededFetch, reseed
 from vheat_mm.engine.runner.run_settings import batches_done, compare_settings, run_settings
 from vheat_mm.engine.runner.stateful_parts import note_stateful_parts
@@ -111,7 +110,7 @@ class ReproducibleHook(Hook):
         endless = isinstance(loop, IterBasedTrainLoop)
         if endless and SETTINGS in self._resumed_meta:
             self._ahead = self._start - runner.iter
-        known = isinstance(loop.dataloader_iterator, Generator) if endless else isinstance(loop, EpochBasedTrainLoop)
+        known = isinstance(loop.dataloader_iterator, LazyIterator) if endless else isinstance(loop, EpochBasedTrainLoop)
         if not known or loader.batch_sampler is None:
             runner.logger.warning(
                 f'{type(loop).__name__} with {type(loader).__name__}: after resuming, other samples are drawn than in '
@@ -139,7 +138,8 @@ class ReproducibleHook(Hook):
             return
         if isinstance(loop, IterBasedTrainLoop):
             self._sampler.start = runner.iter + self._ahead
-            loop.dataloader_iterator = lazy_iterator(loop.dataloader, skip=runner.iter)
+            skips = hasattr(loop, 'fast_forward_on_resume')  # onedl-mmengine does not ask for batches to drop
+            loop.dataloader_iterator = LazyIterator(loop.dataloader, skip=0 if skips else runner.iter)
             return
         start, self._start = self._start, 0
         self._sampler.epoch, self._sampler.start = runner.epoch, start

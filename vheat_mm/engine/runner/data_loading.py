@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import functools
-import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -165,7 +164,7 @@ def train_loader(runner: Runner) -> DataLoader:
     """
     loop = runner.train_loop
     old = getattr(loop, 'dataloader_iterator', None)
-    if old is None or isinstance(old, Generator) or not isinstance(runner._train_dataloader, dict):
+    if old is None or isinstance(old, LazyIterator) or not isinstance(runner._train_dataloader, dict):
         return loop.dataloader
     dataset = loop.dataloader.dataset
     cfg = {**runner._train_dataloader, 'dataset': dataset}
@@ -175,7 +174,7 @@ def train_loader(runner: Runner) -> DataLoader:
         loop.dataloader = runner.build_dataloader(cfg, seed=runner.seed, diff_rank_seed=diff_rank_seed)
     finally:
         del dataset.__deepcopy__
-    loop.dataloader_iterator = lazy_iterator(loop.dataloader)
+    loop.dataloader_iterator = LazyIterator(loop.dataloader)
     return loop.dataloader
 
 
@@ -190,15 +189,33 @@ def _fetch_each(dataset: Any, batch: Sequence[int]) -> list:
     return [dataset[index] for index in batch]
 
 
-def lazy_iterator(loader: DataLoader, skip: int = 0) -> Generator:
+class LazyIterator:
     """MMEngine's endless iterator over a loader, built when the first batch is needed: only then workers start.
 
     Args:
         loader: The training loader.
         skip: How often ``None`` is returned first. When MMEngine's loop resumes, it asks for the batches before its
-            place and drops them.
+            place and drops them; onedl-mmengine's calls :meth:`skip_iter`.
     """
-    yield from itertools.repeat(None, skip)
+
+    def __init__(self, loader: DataLoader, skip: int = 0) -> None:
+        self._batches = _batches(loader)
+        self._skip = skip
+
+    def __iter__(self) -> LazyIterator:
+        return self
+
+    def __next__(self) -> Any:
+        if self._skip:
+            self._skip -= 1
+            return None
+        return next(self._batches)
+
+    def skip_iter(self, count: int) -> None:
+        """Nothing: the sampler begins behind the first ``count`` batches."""
+
+
+def _batches(loader: DataLoader) -> Iterator[Any]:
     yield from _InfiniteDataloaderIterator(loader)
 
 
