@@ -14,7 +14,7 @@ import vheat_mm
 
 PACKAGE = Path(vheat_mm.__file__).parent
 LAYERS = dict(apis=6, engine=5, models=4, checkpoint=3, datasets=3, ops=2, utils=1)
-FACES = {'vheat_mm', 'vheat_mm.hub', 'vheat_mm.fsdp', 'vheat_mm.doctor'}
+FACES = {'vheat_mm', 'vheat_mm.fsdp', 'vheat_mm.doctor'}
 ANYWHERE = 'vheat_mm.version'  # holds a string and imports nothing
 OPTIONAL = {  # late by need: triton and timm may be missing
     ('vheat_mm.ops.backends', 'vheat_mm.ops.triton'),
@@ -142,12 +142,6 @@ assert isinstance(create_model(list_models()[0], features_only=True), VHeat)
 import vheat_mm.fsdp
 assert mmengine.registry.STRATEGIES.get('ShardedStrategy') is vheat_mm.fsdp.ShardedStrategy
 from vheat_mm.checkpoint import read_checkpoint
-try:
-    import vheat_mm.hub
-except ImportError as error:
-    assert 'timm.models.save_for_hf' in str(error)
-else:
-    raise AssertionError('vheat_mm.hub is there')
 from vheat_mm.doctor import main
 assert all(map(callable, (read_checkpoint, main)))
 """

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 import interpolate4downstream
-from vheat_mm import create_model
 from vheat_mm.checkpoint.io import read_checkpoint
 from vheat_mm.engine import fileio
 from vheat_mm.utils.errors import CheckpointError
@@ -95,12 +94,6 @@ def test_everywhere_that_a_path_goes(tmp_path, make_vheat, state):
     assert same(dict(whole['backbone'].state_dict()), state)
 
 
-def test_published_width(tmp_path):
-    model = create_model('vheat_tiny', num_classes=3)
-    write_shards(tmp_path, model.state_dict())
-    assert same(create_model('vheat_tiny', tmp_path).state_dict(), model.state_dict())
-
-
 def test_cache_of_the_hub(tmp_path, state):
     """huggingface_hub keeps files as blobs, and the names of a commit as links to them."""
     write_shards(tmp_path / 'blobs', state)
@@ -130,6 +123,16 @@ def read_checkpoint_of_shard(file: Path) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in load_file(file).items()}
 
 
+def outside(shard: str) -> Callable:
+    """An index that names a whole file beside its folder."""
+
+    def write(folder: Path, places: dict) -> None:
+        (folder.parent / 'out.safetensors').write_bytes((folder / next(iter(places.values()))).read_bytes())
+        swap(shard.format(parent=folder.parent))(folder, places)
+
+    return write
+
+
 def link_out(folder: Path, places: dict) -> None:
     name = next(iter(places.values()))
     (folder / name).rename(folder.parent / 'elsewhere.safetensors')
@@ -142,29 +145,25 @@ def circle(folder: Path, places: dict) -> None:
     (folder / name).symlink_to(name)
 
 
-def twice(folder: Path, places: dict) -> None:
-    text = (folder / INDEX).read_text()
-    (folder / INDEX).write_text(text.replace('"weight_map": {', '"weight_map": {"patch_embed.conv1.weight": "x",'))
-
-
 BAD = {
-    'missing shard': (lambda f, p: (f / 'model-00002-of-00003.safetensors').unlink(), "'model-00002-of-.* is no file"),
+    'missing shard': (lambda f, p: (f / 'model-00002-of-00003.safetensors').unlink(), "'model-00002-of-.*no file"),
     'truncated shard': (
         lambda f, p: os.truncate(f / 'model-00002-of-00003.safetensors', 900),
         '00002-of.*corrupt',
     ),
-    'parent': (swap('../model.safetensors'), "'../model.safetensors': no plain name"),
-    'absolute': (swap('/dev/zero'), "'/dev/zero': no plain name"),
-    'windows': (swap('C:\\x.safetensors'), 'no plain name'),
-    'dots': (swap('..'), 'no plain name'),
-    'nothing': (swap(''), 'no plain name'),
-    'zero byte': (swap('a\0b'), 'x00b.*no plain name'),
-    'long': (swap('a' * 5000), 'no plain name'),
+    'parent': (outside('../out.safetensors'), "'../out.safetensors', which is '/.*/out.safetensors' outside"),
+    'absolute': (outside('{parent}/out.safetensors'), 'outside of its folder'),
+    'device': (swap('/dev/zero'), "'/dev/zero'.*no file beside it"),
+    'windows': (swap('C:\\x.safetensors'), 'no file beside it'),
+    'dots': (swap('..'), 'no file beside it'),
+    'nothing': (swap(''), 'no file beside it'),
+    'zero byte': (swap('a\0b'), 'x00b.*no file beside it'),
+    'long': (swap('a' * 5000), 'no file beside it'),
     'itself': (swap(INDEX), 'corrupt'),
-    'folder': (lambda f, p: ((f / 'sub').mkdir(), swap('sub')(f, p)), "'sub', which is no file"),
-    'pipe': (lambda f, p: (os.mkfifo(f / 'pipe'), swap('pipe')(f, p)), "'pipe', which is no file"),
-    'link': (link_out, "a link to '.*elsewhere.safetensors' outside of its folder"),
-    'circle': (circle, 'which (is no file|cannot be read)'),
+    'folder': (lambda f, p: ((f / 'sub').mkdir(), swap('sub')(f, p)), "'sub', no file"),
+    'pipe': (lambda f, p: (os.mkfifo(f / 'pipe'), swap('pipe')(f, p)), "'pipe', no file"),
+    'link': (link_out, "which is '.*elsewhere.safetensors' outside of its folder"),
+    'circle': (circle, 'no file beside it'),
     'lacking': (
         lambda f, p: write_index(f, p | {'more': p['layers.0.0.norm1.bias']}),
         'missing in it are more;',
@@ -174,9 +173,7 @@ BAD = {
         lambda f, p: add_to_first_shard(f, p, next(key for key in p if p[key] != p['patch_embed.conv1.weight'])),
         'missing in it are none; of another shard or of none are',
     ),
-    'twice': (twice, 'one of patch_embed.conv1.weight, .* is in it twice'),
-    'no shards': (lambda f, p: write_index(f, {}), 'names 0 shards; from 1 to 1000'),
-    'many shards': (lambda f, p: write_index(f, {f'k{i}': f'{i}.bin' for i in range(50_000)}), 'names 50000 shards'),
+    'no shards': (lambda f, p: write_index(f, {}), 'does not give a file for each tensor'),
     'numbers': (lambda f, p: write_index(f, dict.fromkeys(p, 3)), 'does not give a file for each tensor'),
     'list': (lambda f, p: write_index(f, list(p)), 'does not give a file for each tensor'),
     'no map': (lambda f, p: (f / INDEX).write_text('[]'), 'does not give a file for each tensor'),

@@ -25,7 +25,7 @@ from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.files import PARTIAL, atomic_file, replace_file
 from vheat_mm.utils.text import first_line
 
-_HEAD_START = 1.0  # seconds
+_HEAD_START = 1.0  # seconds, of the launch's first process: of the others, logs show errors only
 
 
 def local_file(path: str) -> str:
@@ -35,26 +35,23 @@ def local_file(path: str) -> str:
         CheckpointError: Unknown name; the download failed, or is no intact checkpoint, or another one than before.
     """
     release = find_released(path)
-    if release is not None and os.path.lexists(path):
-        file = f'./{path}'
-        text = f'{path!r} is taken as the name of released weights; what lies in the working folder is {file!r}'
-        print_log(text, logger='current', level=logging.WARNING)
-    place = path if release is None else locate(release)
-    if re.match(r'https?://', place):
-        local = _cached(place, release)
-    elif release is None:
+    if release is None:
+        if re.match(r'https?://', path):
+            return str(_cached(path))
         check_name(path)
         return path
-    else:
-        local = Path(place)
-    if release is not None:
-        source = '' if place == str(local) else f', from {place}'
-        digest = _check_digest(local, local, str(local))
-        print_log(f'Released weights {release.name}: {str(local)!r}{source}, SHA-256 {digest}', logger='current')
+    if os.path.lexists(path):
+        text = f'{path!r} is taken as the name of released weights; what lies in the working folder is {f"./{path}"!r}'
+        print_log(text, logger='current', level=logging.WARNING)
+    place = locate(release)
+    local = _cached(place, release) if re.match(r'https?://', place) else Path(place)
+    source = '' if place == str(local) else f', from {place}'
+    digest = _check_digest(local, local, str(local))
+    print_log(f'Released weights {release.name}: {str(local)!r}{source}, SHA-256 {digest}', logger='current')
     return str(local)
 
 
-def _cached(url: str, release: Released | None) -> Path:
+def _cached(url: str, release: Released | None = None) -> Path:
     """The file of an address in PyTorch's hub cache, where it is downloaded to and checked unless it is there."""
     try:
         name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
@@ -70,20 +67,16 @@ def _cached(url: str, release: Released | None) -> Path:
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             if os.environ.get('LOCAL_RANK', '0') != '0':
-                time.sleep(
-                    _HEAD_START
-                )  # so that the launch's first process downloads: of the others, logs show errors only
+                time.sleep(_HEAD_START)
             lock = FileLock(target.with_name(f'.{name}.lock'))
             try:
-                lock.acquire(timeout=0)
+                held = lock.acquire(timeout=0)
             except Timeout:
                 print_log(f'{str(target)!r}: waiting for another process that downloads it', logger='current')
-                lock.acquire()
-            try:
+                held = lock.acquire()
+            with held:
                 if not target.exists():
                     _download(url, target, mirror)
-            finally:
-                lock.release()
     except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
         raise CheckpointError(
             f'could not download {url!r} to {str(target)!r}: {first_line(error)}. Set TORCH_HOME to a folder for '

@@ -12,11 +12,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
-from mmengine.logging import print_log
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
@@ -73,12 +71,14 @@ def forget(part: Path) -> None:
 
 def _watch(transfer: _Transfer) -> None:
     """Run a transfer, show how far it is, and end it when too little arrives."""
-    with _progress() as show:
+    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task('')
         transfer.start()
         checked, before = time.monotonic(), 0
         while transfer.is_alive():
             transfer.join(min(0.2, _TIMEOUT))
-            show(transfer.done, transfer.total)
+            bar.update(task, completed=transfer.done, total=transfer.total)
             if time.monotonic() - checked >= _TIMEOUT and transfer.is_alive():
                 received = transfer.received - before
                 if received < _TIMEOUT * _MIN_SPEED:
@@ -86,10 +86,10 @@ def _watch(transfer: _Transfer) -> None:
                 checked, before = time.monotonic(), transfer.received
     error = transfer.error
     of_disk = isinstance(error, OSError) and not isinstance(error, urllib.error.URLError) and error.filename
-    if error is not None and not of_disk and not isinstance(error, CheckpointError):
-        raise CheckpointError(f'could not download {transfer.url!r}: {first_line(error)}') from error
-    if error is not None:
+    if error is not None and (of_disk or isinstance(error, CheckpointError)):
         raise error
+    if error is not None:
+        raise CheckpointError(f'could not download {transfer.url!r}: {first_line(error)}') from error
 
 
 class _Transfer(threading.Thread):
@@ -131,16 +131,14 @@ class _Transfer(threading.Thread):
             if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not headers:
                 raise
             response = cast(http.client.HTTPResponse, error)
+        place = response.headers.get('Content-Range') or ''
         if response.status == http.HTTPStatus.OK:  # a file that has changed, or a server without ranges
             self.done = 0
-        elif headers and (_version(response) != version or not self._continues(response)):
+        elif headers and (_version(response) != version or not place.startswith(f'bytes {self.done}-')):
             response.close()
             forget(self.part)
             return self._open()
         return response
-
-    def _continues(self, response: http.client.HTTPResponse) -> bool:
-        return (response.headers.get('Content-Range') or '').startswith(f'bytes {self.done}-')
 
     def _version_of_part(self) -> str:
         """The version of the file of which a part is there; empty if there is none."""
@@ -199,25 +197,3 @@ def _version(response: http.client.HTTPResponse) -> str:
 
 def _size(count: int) -> str:
     return f'{count / 1e6:.1f} MB'
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int | None], None]]:
-    """Show how far a download is: a bar on a terminal, else a line in the log at each quarter."""
-    if sys.stderr.isatty():
-        with Progress(
-            BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True)
-        ) as bar:
-            task = bar.add_task('')
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
-    shown = 0
-
-    def show(done: int, total: int | None) -> None:
-        nonlocal shown
-        quarter = 4 * done // total if total else 0
-        if shown < quarter < 4:
-            print_log(f'{_size(done)} of {_size(total or 0)} downloaded', logger='current')
-        shown = max(shown, quarter)
-
-    yield show

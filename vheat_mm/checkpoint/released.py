@@ -26,15 +26,17 @@ class Released:
     Attributes:
         config: Stem of the config that it was trained with, which is a name of it.
         path: Of the file, below :data:`BASE`.
-        name: What users call it; ``config`` if it is no other.
+        alias: The name of a classifier.
     """
 
     config: str
     path: str
-    name: str = ''
+    alias: str = ''
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, 'name', self.name or self.config)
+    @property
+    def name(self) -> str:
+        """What users call it."""
+        return self.alias or self.config
 
     @property
     def url(self) -> str:
@@ -60,8 +62,6 @@ RELEASES = (
     Released('vheat-b_upernet_8xb2-160k_ade20k-512x512', 'vheatseg/vHeat_base_seg.pth'),
 )
 NAMES = tuple(release.name for release in RELEASES)
-# Every name, those of configs included, and the file's path below the base address.
-RELEASED = {name: release.path for release in RELEASES for name in (release.name, release.config)}
 
 
 def find_released(name: object) -> Released | None:
@@ -98,7 +98,8 @@ def check_name(path: str) -> None:
         CheckpointError: With the names.
     """
     if re.fullmatch(r'[\w-]+', path) and not os.path.lexists(path):
-        known = {re.sub('[-_]', '', name.lower()): name for name in RELEASED}
+        names = [name for release in RELEASES for name in (release.name, release.config)]
+        known = {re.sub('[-_]', '', name.lower()): name for name in names}
         close = difflib.get_close_matches(re.sub('[-_]', '', path.lower()), known, 1)
         hint = f', did you mean {known[close[0]]!r}?' if close else '.'
         raise CheckpointError(

@@ -100,7 +100,7 @@ def load_from_release(filename: str, map_location: Any = None) -> dict[str, Any]
     """MMEngine's checkpoint loader for published weights, by name or address of the release: under MMEngine's keys.
 
     Args:
-        filename: See :data:`vheat_mm.checkpoint.released.RELEASED`.
+        filename: See :data:`vheat_mm.checkpoint.released.RELEASES`.
         map_location: Ignored, as by :func:`load_from_local`.
 
     Raises:

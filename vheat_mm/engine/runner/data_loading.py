@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import os
 import signal
 import threading
@@ -199,16 +200,12 @@ class LazyIterator:
     """
 
     def __init__(self, loader: DataLoader, skip: int = 0) -> None:
-        self._batches = _batches(loader)
-        self._skip = skip
+        self._batches = itertools.chain(itertools.repeat(None, skip), _batches(loader))
 
     def __iter__(self) -> LazyIterator:
         return self
 
     def __next__(self) -> Any:
-        if self._skip:
-            self._skip -= 1
-            return None
         return next(self._batches)
 
     def skip_iter(self, count: int) -> None:
