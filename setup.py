@@ -1,77 +1,53 @@
 """What pyproject.toml cannot say: configs and tools in the package, and README as a package index can show it."""
 
-import os
 import re
 import shutil
 from pathlib import Path
 
-from setuptools import Command, setup
-from setuptools.command.build import build
+from setuptools import setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
-MIM = 'vheat_mm/.mim'
 
 
-class BuildMim(Command):
+class BuildPy(build_py):
     """Put configs, tools and the model index where OpenMMLab's tools look for them: into ``vheat_mm/.mim``.
 
     A wheel holds them as files. An editable install has relative links to them in the source tree.
     """
 
-    description = 'configs, tools and model index below vheat_mm/.mim'
-    user_options = ()
-    editable_mode = False
     NAMES = ('configs', 'tools', 'model-index.yml')
-    SUFFIXES = ('.py', '.sh', '.yml')
-
-    def initialize_options(self) -> None:
-        self.build_lib = None
-
-    def finalize_options(self) -> None:
-        self.set_undefined_options('build_py', ('build_lib', 'build_lib'))
-
-    def get_source_files(self) -> list[str]:
-        """All files, relative to the source tree; an sdist holds them."""
-        found = [HERE / name for name in self.NAMES]
-        found += [path for top in found for path in sorted(top.rglob('*'))]
-        return [str(path.relative_to(HERE)) for path in found if path.is_file() and path.suffix in self.SUFFIXES]
-
-    def get_output_mapping(self) -> dict[str, str]:
-        return {os.path.join(self.build_lib, MIM, source): source for source in self.get_source_files()}  # noqa: PTH118
-
-    def get_outputs(self) -> list[str]:
-        return list(self.get_output_mapping())
 
     def run(self) -> None:
+        super().run()
+        mim = (HERE if self.editable_mode else Path(self.build_lib)) / 'vheat_mm' / '.mim'
         if self.editable_mode:
-            self._link()
+            self._link(mim)
             self._name_place()
             return
-        shutil.rmtree(Path(self.build_lib, MIM), ignore_errors=True)  # an earlier build may hold what is renamed now
-        for target, source in self.get_output_mapping().items():
-            self.mkpath(str(Path(target).parent))
-            self.copy_file(source, target)
+        shutil.rmtree(mim, ignore_errors=True)  # an earlier build may hold what is renamed now
+        mim.mkdir()
+        for name in self.NAMES:
+            if (HERE / name).is_dir():
+                shutil.copytree(HERE / name, mim / name, ignore=shutil.ignore_patterns('__pycache__'))
+            else:
+                shutil.copy2(HERE / name, mim)
 
-    def _link(self) -> None:
+    def _link(self, mim: Path) -> None:
         try:
-            folder = HERE / MIM
-            folder.mkdir(exist_ok=True)
+            mim.mkdir(exist_ok=True)
             for name in self.NAMES:
-                link = folder / name
+                link = mim / name
                 if not (link.is_symlink() and link.exists()):
                     link.unlink(missing_ok=True)
                     link.symlink_to(Path('..', '..', name), target_is_directory=(HERE / name).is_dir())
         except OSError as error:  # a read-only source tree; all but OpenMMLab's tools works without the links
-            self.warn(f'{MIM} not made, so configs cannot be found by name in this install: {error}')
+            self.warn(f'{mim} not made, so configs cannot be found by name in this install: {error}')
 
     def _name_place(self) -> None:
         """Lead OpenMMLab's tools, which join the install's folder and the first line of this file, to the sources."""
         for file in Path(self.get_finalized_command('install').install_lib).glob('*.dist-info/top_level.txt'):
             file.write_text(f'{HERE / "vheat_mm"}\nvheat_mm\n', encoding='utf-8')
-
-
-class Build(build):
-    sub_commands = [*build.sub_commands, ('build_mim', None)]  # noqa: RUF012
 
 
 def description() -> str:
@@ -90,5 +66,5 @@ def description() -> str:
 setup(
     long_description=description(),
     long_description_content_type='text/markdown',
-    cmdclass={'build': Build, 'build_mim': BuildMim},
+    cmdclass={'build_py': BuildPy},
 )
