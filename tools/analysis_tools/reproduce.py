@@ -1,7 +1,7 @@
 """Test the published checkpoints and compare the results with the published ones.
 
-    python tools/analysis_tools/reproduce.py [MODEL ...] [--data-root imagenet=DIR coco=DIR ade20k=DIR] [--nproc N]
-        [--out FILE.md] [--work-dir DIR] [--cfg-options KEY=VALUE ...]
+    python tools/analysis_tools/reproduce.py [MODEL ...] [--nproc N] [--out FILE.md] [--work-dir DIR]
+        [--cfg-options KEY=VALUE ...]
 
 Each model runs in `tools/test.py CONFIG released` (with --nproc, in tools/dist_test.sh), in a process of its own. The
 exit status is 0 if all results are within 0.2 points of the published ones, 1 if one is not or could not be
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config
 from mmengine.fileio import load
 
 try:
@@ -47,7 +46,6 @@ METRICS = {
     'mask AP': ('coco/segm_mAP', 100),
     'mIoU': ('mIoU', 1),
 }
-DATA = dict(imagenet='ImageNet-1k', coco='COCO', ade20k='ADE20K')  # key of --data-root -> data set in the metafiles
 
 
 @dataclass
@@ -56,15 +54,14 @@ class Row:
 
     model: str
     metric: str
-    published: float | None
+    published: float
     measured: float | None = None
     reason: str = ''  # why it was not measured
 
     @property
     def difference(self) -> float | None:
         """Points above the published result, to the hundredth."""
-        known = self.measured is not None and self.published is not None
-        return round(self.measured - self.published, 2) if known else None
+        return None if self.measured is None else round(self.measured - self.published, 2)
 
     @property
     def note(self) -> str:
@@ -81,29 +78,15 @@ class Row:
 
 
 def read_models(root: Path) -> dict[str, dict[str, Any]]:
-    """Entries of all metafiles of ``root / 'model-index.yml'``, by name."""
+    """Models with published weights in the metafiles of ``root / 'model-index.yml'``, by name."""
     files = [load(root / path) for path in load(root / 'model-index.yml')['Import']]
-    return {model['Name']: model for file in files for model in file['Models']}
+    return {model['Name']: model for file in files for model in file['Models'] if 'Weights' in model}
 
 
 def published(model: dict[str, Any]) -> dict[str, float]:
     """A model's published results in points."""
-    results = [result['Metrics'] for result in model.get('Results', [])]
+    results = [result['Metrics'] for result in model['Results']]
     return {name: value for metrics in results for name, value in metrics.items() if name in METRICS}
-
-
-def data_options(model: dict[str, Any], config: Path, data_roots: dict[str, str]) -> list[str]:
-    """``--cfg-options`` by which a config finds its data in the folder that ``--data-root`` names."""
-    dataset = model['Results'][0]['Dataset']
-    root = next((folder for key, folder in data_roots.items() if DATA[key] == dataset), None)
-    if root is None:
-        return []
-    cfg = Config.fromfile(config)
-    options = [f'test_dataloader.dataset.data_root={root}']
-    if annotations := cfg.test_evaluator.get('ann_file'):
-        inside = Path(annotations).relative_to(cfg.test_dataloader.dataset.data_root)
-        options.append(f'test_evaluator.ann_file={Path(root) / inside}')
-    return options
 
 
 def measure(model: dict[str, Any], args: argparse.Namespace, root: Path) -> tuple[dict[str, float], str]:
@@ -113,11 +96,10 @@ def measure(model: dict[str, Any], args: argparse.Namespace, root: Path) -> tupl
         ToolError: It failed; the message is its error.
     """
     config, folder = root / model['Config'], args.work_dir / model['Name']
-    options = [*data_options(model, config, args.data_root), *args.cfg_options]
     script, processes = (['dist_run.py', 'test'], [str(args.nproc)]) if args.nproc > 1 else (['test.py'], [])
     command = [sys.executable, str(Path(__file__).resolve().parents[1] / script[0]), *script[1:], str(config)]
     command += ['released', *processes, '--work-dir', str(folder)]
-    command += ['--cfg-options', *options] if options else []
+    command += ['--cfg-options', *args.cfg_options] if args.cfg_options else []
     text = shlex.join(command)
     print(f'\n{text}', flush=True)
     before, reason = set(folder.glob('*/*.json')), ''
@@ -133,19 +115,15 @@ def measure(model: dict[str, Any], args: argparse.Namespace, root: Path) -> tupl
 
 def reproduce(model: dict[str, Any], args: argparse.Namespace, root: Path) -> tuple[list[Row], str]:
     """The rows of a model and the command that gave them; never raises."""
-    expected, metrics, command, reason = published(model), {}, '', 'the test did not log it'
+    metrics, command, reason = {}, '', 'the test did not log it'
     try:
-        if find_released(model['Name']) is None:
-            raise ToolError('no checkpoint is published')
-        if not expected:
-            raise ToolError('no result is published')
         metrics, command = measure(model, args, root)
     except Exception as error:  # of any library: the other models go on
         reason = ' '.join(describe(error).split())
         print(f'error: {model["Name"]}: {reason}', file=sys.stderr)
     rows = []
-    for metric, value in (expected or {'': None}).items():
-        name, scale = METRICS.get(metric, ('', 1))
+    for metric, value in published(model).items():
+        name, scale = METRICS[metric]
         measured = metrics[name] * scale if name in metrics else None
         rows.append(Row(model['Name'], metric, value, measured, reason))
     return rows, command
@@ -166,28 +144,20 @@ def report(rows: list[Row], commands: list[str], argv: list[str], nproc: int) ->
 def parse_args(argv: list[str], models: dict[str, dict[str, Any]]) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument('models', nargs='*', metavar='MODEL', help='names (default: all with published weights)')
-    parser.add_argument(
-        '--data-root', nargs='+', default=[], metavar='KEY=DIR', help=f"instead of the configs': {', '.join(DATA)}"
-    )
+    parser.add_argument('models', nargs='*', metavar='MODEL', help='names (default: all)')
     parser.add_argument('--nproc', type=int, default=1, metavar='N', help='processes, one a GPU (default: 1)')
     parser.add_argument('--out', type=Path, metavar='FILE', help='write the table into this Markdown file')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/reproduce'), metavar='DIR', help='for logs')
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='of all configs')
     args = parser.parse_args(argv)
-    pairs = [pair.partition('=')[::2] for pair in args.data_root]
-    if wrong := [key for key, folder in pairs if key not in DATA or not folder]:
-        parser.error(f'--data-root {wrong[0]}: expected KEY=DIR, with a key of {", ".join(DATA)}')
-    args.data_root = dict(pairs)
     if args.nproc < 1:
         parser.error(f'--nproc {args.nproc}: expected a number of at least 1')
     if args.out and not args.out.parent.is_dir():
         parser.error(f'--out {args.out}: there is no folder {str(args.out.parent)!r}')
-    names = args.models or [name for name, model in models.items() if 'Weights' in model]
-    args.models = [release.config if (release := find_released(name)) else name for name in names]
+    args.models = [release.config if (release := find_released(name)) else name for name in args.models or models]
     if unknown := [name for name in args.models if name not in models]:
-        listed = ', '.join(name for name, model in models.items() if 'Weights' in model)
-        parser.error(f'unknown model {unknown[0]!r}{did_you_mean(unknown[0], models)}; published are {listed}')
+        hint = did_you_mean(unknown[0], models)
+        parser.error(f'no checkpoint of {unknown[0]!r} is published{hint}; there are those of {", ".join(models)}')
     return args
 
 
