@@ -66,6 +66,12 @@ def test_import_that_exits_is_broken(tmp_path, monkeypatch):
     assert (row.status, row.found) == ('broken', 'for a test: SystemExit: 3')
 
 
+def test_setuptools_without_what_mmengine_imports(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pkg_resources', None)
+    row = doctor.CHECKS['pkg_resources']()
+    assert (row.status, row.remedy) == ('missing', "pip install 'setuptools<81'")
+
+
 def test_mmcv_compiled_for_another_torch(monkeypatch):
     load = doctor.load
 

@@ -232,8 +232,7 @@ def check_torchvision() -> Row:
         remedy = 'install the torchvision that belongs to this torch'
         return Row('torchvision', BROKEN, f'{trouble}; {summary(error)}', remedy)
     found = f'{shimmed.__version__}, compiled for another torch build; works with ensure_torchvision()'
-    call = 'vheat_mm.utils.torchvision.ensure_torchvision()'
-    remedy = f'tools/ need nothing; other programs: call {call} first, or install the matching torchvision'
+    remedy = 'tools/ need nothing; other programs: vheat_mm.utils.ensure_torchvision(), or the matching torchvision'
     return Row('torchvision', WARN, found, remedy)
 
 
@@ -287,13 +286,13 @@ def check_transformers() -> Row:
     return Row(name, WARN, fault[0], remedy)
 
 
-def check_optional(name: str, use: str) -> Row:
+def check_optional(name: str, use: str, distribution: str = '') -> Row:
     """An optional package, or one that another package forgets to require."""
     try:
         load(name)
     except ImportFailedError as error:
-        return Row(name, error.status, f'{use}: {error}', install(name))
-    return Row(name, OK, distribution_version(name))
+        return Row(name, error.status, f'{use}: {error}', install(distribution or name))
+    return Row(name, OK, distribution_version(distribution or name))
 
 
 def check_safe_load() -> Row:
@@ -338,6 +337,7 @@ CHECKS: dict[str, Callable[[], Row]] = {
     'MMEngine': lambda: check_package('MMEngine', ('mmengine', 'mmengine.runner'), 'mmengine', outside=BROKEN),
     'VHeat': check_vheat,
     'safe torch.load': check_safe_load,
+    'pkg_resources': lambda: check_optional('pkg_resources', "MMEngine's bases in configs need it", 'setuptools'),
     'cv2': check_cv2,
     'torchvision': check_torchvision,
     'mmcv': lambda: check_package('mmcv', ('mmcv',), 'mmcv', build_mmcv()),

@@ -277,7 +277,8 @@ def load_pretrained(
         load_fitting(model, state)
     except RuntimeError as error:  # memory, and types of numbers without interpolation or conversion
         raise CheckpointError(f'{path!r} cannot be loaded: {first_line(error)}') from error
-    found.left_over += weights.head
+    if weights.head:
+        note = f'\n  not of the backbone ({len(weights.head)}): {some_of(list(weights.head))}{note}'
     if AVERAGE in content and weights.entry != AVERAGE:
         note += f'\n  their moving average, entry {AVERAGE!r}, is not taken: ema=True takes it'
     print_log(

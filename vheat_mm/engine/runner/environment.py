@@ -52,8 +52,8 @@ def log_environment(runner: Runner, argv: list[str]) -> None:
         python=sys.version,
     )
     runner.logger.info(
-        f'vheat_mm {__version__} (commit {state["commit_of_vheat_mm"]}), '
-        f'working directory at commit {state["commit_of_working_directory"]}, seed {runner.seed}, '
-        f'{"deterministic" if state["deterministic"] else "not deterministic"}, {runner.world_size} processes'
+        f'vheat_mm {__version__} (commit {state["commit_of_vheat_mm"] or "unknown"}), '
+        f'working directory at commit {state["commit_of_working_directory"] or "unknown"}, seed {runner.seed}, '
+        f'{"deterministic" if state["deterministic"] else "not deterministic"}, processes: {runner.world_size}'
     )
     AtomicLocalBackend().put_text(json.dumps(state, indent=2), Path(runner.log_dir) / 'environment.json')
