@@ -92,9 +92,9 @@ def test_which_weights_of_the_file(release, weights, monkeypatch):
         (lambda: VHeat(dict(embed_dims=8, depths=(1, 1, 1, 1)), pretrained=True),
          r"pretrained=True: no weights were published for arch=\{'embed_dims': 8.*one of the published.*'tiny'"),
         (lambda: create_model('vheat_small', 'vheat_tiny'),
-         r"'vheat_tiny' holds vHeat-tiny .*model is vHeat-small.*'vheat_small'; that is create_model\('vheat_tiny'"),
+         r"'vheat_tiny' holds vHeat-tiny .*model is vHeat-small.*: set arch='tiny' or create_model\('vheat_tiny'\)"),
         (lambda: VHeat('small', init_cfg=dict(type='Pretrained', checkpoint='vheat_tiny')).init_weights(),
-         r"set arch='tiny', or take this model's checkpoint, such as 'vheat_small'"),
+         r"create_model\('vheat_tiny'\), or take this model's weights, such as 'vheat_small'"),
         (lambda: VHeat(pretrained='vheat_tinyy').init_weights(), "'vheat_tinyy'.*did you mean 'vheat_tiny'"),
     ],
 )  # fmt: skip

@@ -16,9 +16,8 @@ from typing import Any
 from vheat_mm.models.arch import ARCHS
 from vheat_mm.models.classifier import VHeatClassifier
 from vheat_mm.models.vheat import VHeat
-from vheat_mm.models.weights import VariantError, load_pretrained
+from vheat_mm.models.weights import load_pretrained
 from vheat_mm.ops.freq_embed import NUM_STAGES
-from vheat_mm.utils.errors import CheckpointError
 
 _MODELS = {f'vheat_{arch}': arch for arch in ARCHS}
 
@@ -92,13 +91,7 @@ def create_model(
         model = VHeatClassifier(num_classes=1000 if num_classes is None else num_classes, **arguments)
         load = functools.partial(model.load_pretrained, adopt_classes=num_classes is None)
     if pretrained is not None:
-        try:
-            load(pretrained, prefix=prefix, ema=ema, resize=resize)
-        except VariantError as error:
-            other = next((name for name, arch in _MODELS.items() if arch == error.arch), None)
-            if other is None:
-                raise
-            raise CheckpointError(f'{error}; that is create_model({other!r}, ...)') from error
+        load(pretrained, prefix=prefix, ema=ema, resize=resize)
     return model
 
 

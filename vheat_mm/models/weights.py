@@ -25,18 +25,6 @@ _STAGE = re.compile(r'(?:layers|freq_embed)\.(\d)(?:\.|$)')
 _DOWNSAMPLE = re.compile(r'layers\.\d\.\d+\.[01]\.(?:weight|bias)$')
 
 
-class VariantError(CheckpointError):
-    """The checkpoint holds another variant of vHeat than the model.
-
-    Attributes:
-        arch: The checkpoint's variant, ``None`` if it is not a published one.
-    """
-
-    def __init__(self, message: str, arch: str | None = None) -> None:
-        super().__init__(message)
-        self.arch = arch
-
-
 @dataclass
 class Comparison:
     """Differences between a state dict and the one of a module.
@@ -318,7 +306,7 @@ def resize_loaded_freq_embeds(
     """Load hook of :class:`~vheat_mm.VHeat`: pad or crop FVEs of another grid, and log it.
 
     Raises:
-        VariantError: Published weights, whose name a loader wrote into the metadata, are another variant's: MMEngine
+        CheckpointError: Published weights, whose name a loader wrote into the metadata, are another variant's: MMEngine
             would leave out what does not fit.
     """
     if SOURCE in local_metadata:
@@ -345,8 +333,8 @@ def _check_variant(backbone: StateDict, own: StateDict, source: str) -> Variant:
     same_stages = found.depths[: len(expected.depths)] == expected.depths
     if (found.embed_dims, found.layer_scale) != (expected.embed_dims, expected.layer_scale) or not same_stages:
         own_name = f", such as 'vheat_{expected.arch}'" if expected.arch else ''
-        remedy = (
-            f"set arch={found.arch!r}, or take this model's checkpoint{own_name}" if found.arch else 'set arch to match'
+        same = f"arch={found.arch!r} or create_model('vheat_{found.arch}')" if found.arch else 'arch to match'
+        raise CheckpointError(
+            f"{source} holds {found}, but the model is {expected}: set {same}, or take this model's weights{own_name}"
         )
-        raise VariantError(f'{source} holds {found}, but the model is {expected}: {remedy}', found.arch)
     return expected
