@@ -1,6 +1,8 @@
 """Configs, models and published weights by name in MMEngine, mmdet, mmseg and mmpretrain."""
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -16,11 +18,14 @@ from mmengine.runner.checkpoint import load_from_local
 from stand_ins import released_checkpoint, write_release
 
 import vheat_mm
+from vheat_mm.checkpoint.released import find_released
 from vheat_mm.engine import fileio
+from vheat_mm.models.find_weights import ANCHOR
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.torchvision import ensure_torchvision
 
 PACKAGE = Path(vheat_mm.__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 DETECTOR, SEGMENTOR = 'mask-rcnn_vheat-t_fpn_1x_coco', 'vheat-t_upernet_8xb2-160k_ade20k-512x512'
 CLASSIFIER = 'vheat-t_16xb128_in1k'
 DETECTION = f'detection/{DETECTOR}.py'
@@ -75,6 +80,30 @@ def write(folder: Path, base: str, rest: str = '') -> Path:
     path = folder / 'mine.py'
     path.write_text(f'_base_ = {base}\n{rest}')
     return path
+
+
+TYPED = re.findall(
+    r'^\| (.+) \| `(.+vheat[-_]t.+)` \|$', (ROOT / 'README.md').read_text(encoding='utf-8'), re.MULTILINE
+)
+
+
+@pytest.mark.parametrize('line', [pytest.param(line, id=user) for user, line in TYPED])
+def test_lines_of_readme(weights, line):
+    assert len(TYPED) == 8
+    module = re.match(r'(?:([\w.]+)\.)?\w+\(', line)[1] or 'vheat_mm'
+    library = module.split('.')[0]
+    pytest.importorskip(library)
+    importlib.import_module(module)
+    model = eval(line.replace('PATH/TO/THE/CLONE', str(ROOT)), {library: sys.modules[library]})
+    if isinstance(model, dict):
+        model = MODELS.build(model)
+        model.init_weights()
+    path = next(released.path for name in re.findall(r'[\w-]+', line) if (released := find_released(name)))
+    found, expected = (
+        [v for k, v in state.items() if k.endswith(ANCHOR)]
+        for state in (getattr(model, 'model', model).state_dict(), weights(path))
+    )
+    assert torch.equal(found[0], expected[0])
 
 
 def test_a_base_by_name(tmp_path):
