@@ -93,7 +93,8 @@ class StandInServer(http.server.ThreadingHTTPServer):
         full: How often each path was sent from its first byte to its last.
         fault: What it does badly, also in answers under way; several may be in the text: ``'missing'`` (404);
             ``'html'`` (a page with status 200); ``'cut'`` (half of what is asked for, then the end of the connection);
-            ``'slow'`` (4 kB each 20 ms); ``'no range'``; ``'no if-range'``; ``'no validators'``.
+            ``'slow'`` (4 kB each 20 ms); ``'no range'``; ``'no if-range'``; ``'wrong range'`` (one byte too early);
+            ``'no validators'``.
     """
 
     daemon_threads = True
@@ -131,7 +132,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             start = 0
             same = 'no if-range' in fault or self.headers.get('If-Range', tag) == tag
             if wanted and 'no range' not in fault and same:
-                start = int(wanted.removeprefix('bytes=').split('-')[0])
+                start = int(wanted.removeprefix('bytes=').split('-')[0]) - ('wrong range' in fault)
                 if start >= len(content):
                     self._answer(416, b'', {'Content-Range': f'bytes */{len(content)}'})
                     return

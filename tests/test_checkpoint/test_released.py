@@ -6,7 +6,10 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from processes import _context
 from stand_ins import serve, write_release
 
 import vheat_mm
+from vheat_mm.checkpoint.download import _version
 from vheat_mm.checkpoint.io import read_checkpoint
 from vheat_mm.checkpoint.released import NAMES, RELEASES, find_released
 from vheat_mm.utils.errors import CheckpointError
@@ -31,6 +35,7 @@ def release(tmp_path_factory) -> Path:
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
     """An empty cache, of this process and of those it starts; returns the folder of the files."""
+    (tmp_path / 'torch').mkdir()
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     return tmp_path / 'torch' / 'hub' / 'checkpoints'
 
@@ -175,6 +180,7 @@ def test_another_file_than_before_is_refused(server, hub, release, tmp_path):
 
 def read_in_child(environment: dict[str, str], *names: str) -> None:
     os.environ.update(environment)  # the server of processes has that of its own start
+    Path(environment['TORCH_HOME'], f'{os.getpid()}.started').touch()
     for name in names:
         read_checkpoint(name)
 
@@ -185,12 +191,16 @@ def start(*names: str):
     return process
 
 
-def wait_for_part(hub: Path, size: int) -> Path:
-    part = hub / '.vHeat_tiny.pth.part'
-    deadline = time.monotonic() + 30
-    while not part.exists() or part.stat().st_size < size:
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def wait_for_part(hub: Path) -> Path:
+    part = hub / '.vHeat_tiny.pth.part'
+    wait_until(lambda: part.exists() and part.stat().st_size >= 100_000)
     return part
 
 
@@ -198,7 +208,7 @@ def wait_for_part(hub: Path, size: int) -> Path:
 def test_a_killed_download_goes_on(server, hub, release, tmp_path, monkeypatch, then):
     server.fault = 'slow'
     child = start('vheat_tiny')
-    part = wait_for_part(hub, 100_000)
+    part = wait_for_part(hub)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
     kept = part.stat().st_size
@@ -229,14 +239,16 @@ def test_a_server_that_sends_the_rest_of_another_file(server, hub, release):
     assert (hub / 'vHeat_tiny.pth').read_bytes() == (release / TINY).read_bytes()
 
 
-def test_a_part_as_long_as_the_file(server, hub, release):
+@pytest.mark.parametrize(('fault', 'status'), [('', 416), ('wrong range', 206)])
+def test_a_part_that_cannot_be_continued(server, hub, release, fault, status):
     server.fault = 'cut'
     failure()
-    with (hub / '.vHeat_tiny.pth.part').open('ab') as part:
-        part.write(bytes(10_000_000))
-    server.fault = ''
+    if status == 416:  # longer than the file
+        with (hub / '.vHeat_tiny.pth.part').open('ab') as part:
+            part.write(bytes(10_000_000))
+    server.fault = fault
     read_checkpoint('vheat_tiny')
-    assert server.statuses == [200, 416, 200]
+    assert server.statuses == [200, status, 200]
     assert (hub / 'vHeat_tiny.pth').read_bytes() == (release / TINY).read_bytes()
 
 
@@ -250,15 +262,30 @@ def test_a_damaged_note_is_not_used(server, hub, release, note):
     assert (hub / 'vHeat_tiny.pth').read_bytes() == (release / TINY).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ('headers', 'version'),
+    [
+        ({'ETag': '"a"', 'Last-Modified': 'Mon'}, '"a"'),
+        ({'ETag': 'W/"a"', 'Last-Modified': 'Mon'}, 'Mon'),
+        ({'ETag': 'W/"a"'}, ''),
+        ({'ETag': f'"{"a" * 200}"'}, ''),
+        ({'ETag': '"\x1b"'}, ''),
+    ],
+)
+def test_what_tells_versions_apart(headers, version):
+    assert _version(SimpleNamespace(headers=headers)) == version
+
+
 @pytest.mark.parametrize('killed', [False, True])
 def test_eight_processes_download_once(server, hub, killed):
     """Independent ones; also if the one that downloads is killed, whose lock must not outlive it."""
     server.fault = 'slow'
     first = start('vheat_tiny')
-    wait_for_part(hub, 100_000)
+    wait_for_part(hub)
     others = [start('vheat_tiny', 'vheat_tiny') for _ in range(7)]
+    wait_until(lambda: len(list(hub.parents[1].glob('*.started'))) == 8)
+    time.sleep(0.3)  # they wait for the lock
     if killed:
-        time.sleep(0.5)
         os.kill(first.pid, signal.SIGKILL)
     server.fault = ''
     for process in (first, *others):
@@ -320,6 +347,10 @@ def test_a_cache_that_cannot_be_written(server, hub, monkeypatch, tmp_path):
         monkeypatch.setattr(place, refuse)
     assert 'model' in read_checkpoint('vheat_tiny')
     message = failure('vheat_small')
+    monkeypatch.setattr('vheat_mm.checkpoint.cache.FileLock.acquire', Mock(side_effect=NotImplementedError))
+    monkeypatch.setattr('pathlib.Path.mkdir', Mock())
+    without_locks = failure('vheat_small')
     monkeypatch.undo()
+    assert 'NotImplementedError. Set TORCH_HOME to a folder' in without_locks
     assert re.search('Read-only file system. Set TORCH_HOME to a folder for downloads that is writable', message)
     assert visible(hub) == ['vHeat_tiny.pth', 'vHeat_tiny.pth.sha256']

@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 import re
-import time
 import urllib.parse
 from pathlib import Path
 
@@ -24,8 +23,6 @@ from vheat_mm.checkpoint.verify import verify
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.files import PARTIAL, atomic_file, replace_file
 from vheat_mm.utils.text import first_line
-
-_HEAD_START = 1.0  # seconds, of the launch's first process: of the others, logs show errors only
 
 
 def local_file(path: str) -> str:
@@ -66,8 +63,6 @@ def _cached(url: str, release: Released | None = None) -> Path:
     try:
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            if os.environ.get('LOCAL_RANK', '0') != '0':
-                time.sleep(_HEAD_START)
             lock = FileLock(target.with_name(f'.{name}.lock'))
             try:
                 held = lock.acquire(timeout=0)

@@ -1,14 +1,7 @@
 """Errors, message text and process ranks, used by all layers."""
 
-from vheat_mm.utils.torchvision import ensure_torchvision
+# mmengine.hub.get_model calls this function of each package's utils before it builds a model. Importing this package
+# registered its modules; what is left is torchvision, which the libraries import.
+from vheat_mm.utils.torchvision import ensure_torchvision as register_all_modules
 
-
-def register_all_modules(init_default_scope: bool = True) -> None:
-    """For ``mmengine.hub.get_model``, which calls it in every package before it builds a model.
-
-    Importing this package registered its modules; what is left are the libraries, which import torchvision.
-
-    Args:
-        init_default_scope: As OpenMMLab's packages have it; the config decides the scope.
-    """
-    ensure_torchvision()
+__all__ = ['register_all_modules']
