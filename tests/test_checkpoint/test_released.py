@@ -16,6 +16,7 @@ import torch
 from processes import _context
 from stand_ins import serve, write_release
 
+import interpolate4downstream
 import vheat_mm
 from vheat_mm.checkpoint.download import _version
 from vheat_mm.checkpoint.io import read_checkpoint
@@ -118,6 +119,12 @@ def test_a_name_wins_over_a_file(release, hub, tmp_path, monkeypatch, lines):
     ('name', 'words'),
     [
         ('vheat-tinny', "did you mean 'vheat_tiny'?"),
+        (' vheat_tiny', "no checkpoint at ' vheat_tiny'"),
+        ('vheat tiny.pth', "did you mean 'vheat_tiny'?"),
+        ('vHeat_tiny_det.pth', "did you mean 'mask-rcnn_vheat-t_fpn_1x_coco'?"),
+        ('epoch_12.pth', "no checkpoint at 'epoch_12.pth' (working directory"),
+        ('', "an address or a name of released weights, got ''"),
+        (True, 'an address or a name of released weights, got True'),
         ('mask-rcnn_vheat-t_fpn_1x_cocoo', "did you mean 'mask-rcnn_vheat-t_fpn_1x_coco'?"),
         (
             'nothing',
@@ -145,20 +152,46 @@ def test_a_mirror_without_the_file(release, tmp_path, monkeypatch, place, words)
     assert re.search(words, failure())
 
 
+@pytest.mark.parametrize(
+    'place', ['http://', 'http:///x', 'HTTPS://h/x?token=SECRET', 'http://me:SECRET@h/', 'http://[']
+)
+def test_an_address_that_is_no_plain_one(monkeypatch, place):
+    monkeypatch.setenv('VHEAT_WEIGHTS', place)
+    message = failure()
+    assert message.startswith('VHEAT_WEIGHTS is no address of a folder: expected http(s)://HOST/PATH without user')
+    assert 'SECRET' not in message
+
+
+@pytest.mark.parametrize('name', ['x.pth', 'model.safetensors.index.json'])
+def test_a_password_is_not_shown(name):
+    assert failure(f'HTTP://me:SE@CRET@host:1/{name}').startswith("an address of 'host:1' has a user name or password")
+
+
 # --- downloads
 
 
-def test_download_is_recorded_and_kept(server, hub, lines):
+def test_download_is_recorded_and_kept(server, hub, lines, monkeypatch):
     expected = sha256(server.folder / TINY)
     assert 'model' in read_checkpoint('vheat_tiny')
     assert visible(hub) == ['vHeat_tiny.pth', 'vHeat_tiny.pth.sha256']
     assert (hub / 'vHeat_tiny.pth.sha256').read_text() == f'{expected}  vHeat_tiny.pth\n'
     assert (hub / 'vHeat_tiny.pth').read_bytes() == (server.folder / TINY).read_bytes()
     assert sum(expected in line and str(hub / 'vHeat_tiny.pth') in line for line in lines) == 2
-    assert f'from {server.url}/{TINY}' in lines[-1]
+    assert f'Downloading {server.url}/{TINY}' in lines[0].replace("'", '')
     server.fault = 'missing'
     assert 'model' in read_checkpoint('vheat_tiny')
     assert server.requests == [(TINY, None)]
+    monkeypatch.setenv('VHEAT_WEIGHTS', server.url.upper())
+    server.fault = ''
+    (hub / 'vHeat_tiny.pth').unlink()
+    assert 'model' in read_checkpoint('vheat_tiny')
+
+
+def test_the_cached_file_is_not_written_as_target(server, hub, capsys):
+    target = hub / 'vHeat_tiny.pth'
+    assert interpolate4downstream.main(['--pt_pth', 'vheat_tiny', '--tg_pth', str(target)]) == 2
+    assert 'is the input itself' in capsys.readouterr().err
+    assert target.read_bytes() == (server.folder / TINY).read_bytes()
 
 
 def test_another_file_than_before_is_refused(server, hub, release, tmp_path):
@@ -173,9 +206,22 @@ def test_another_file_than_before_is_refused(server, hub, release, tmp_path):
     assert all(word in message for word in (before, sha256(tmp_path / TINY), 'remove the record', repr(str(record))))
     assert visible(hub) == [record.name]
     shutil.copy(release / SMALL, hub / 'vHeat_tiny.pth')  # also one that was put there
-    assert before in failure()
+    message = failure()
+    assert before in message
+    assert 'damaged or was replaced: remove it to download it again' in message
     record.unlink()
     assert 'model' in read_checkpoint('vheat_tiny')
+
+
+@pytest.mark.parametrize('name', ['vheat_tiny', '{url}/x.pth'])
+def test_a_damaged_file_is_named_where_a_name_stands_for_it(server, hub, name):
+    (server.folder / 'x.pth').write_bytes((server.folder / TINY).read_bytes())
+    name = name.format(url=server.url)
+    read_checkpoint(name)
+    (file,) = hub.glob('*.pth')
+    file.write_bytes(file.read_bytes()[:-1000])
+    file.with_name(f'{file.name}.sha256').unlink()
+    assert f'The file is {str(file)!r}: remove it to download it again' in failure(name)
 
 
 def read_in_child(environment: dict[str, str], *names: str) -> None:

@@ -86,6 +86,11 @@ def test_everywhere_that_a_path_goes(tmp_path, make_vheat, state):
     assert interpolate4downstream.main([*tool]) == 0
     assert read_checkpoint(tmp_path / 'out.pth')['model']['freq_embed.0'].shape[:2] == (32, 32)
 
+    for file in sorted((tmp_path / 'sharded').iterdir()):  # none that is read is written
+        before = file.read_bytes()
+        assert interpolate4downstream.main([*tool, '--tg_pth', str(file)]) == 2
+        assert file.read_bytes() == before
+
     # load_from, --resume and tools/test.py read through MMEngine's loader, which the tools replace.
     fileio.install()
     whole = nn.ModuleDict({'backbone': make_vheat()})

@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         source, target = to_pair(args.pt_size, '--pt_size'), to_pair(args.tg_size, '--tg_size')
-        check_target(args.pt_pth, args.tg_pth)
         resized = resize_checkpoint(args.pt_pth, source, target, args.mode, args.ema, args.prefix)
+        check_target(resized, args.tg_pth)
         if not args.dry_run:
             write_resized(resized, args.tg_pth)
     except (CheckpointError, ValueError) as error:

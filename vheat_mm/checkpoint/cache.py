@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import urllib.parse
 from pathlib import Path
 
@@ -22,7 +21,9 @@ from vheat_mm.checkpoint.released import VARIABLE, Released, check_name, find_re
 from vheat_mm.checkpoint.verify import verify
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.files import PARTIAL, atomic_file, replace_file
-from vheat_mm.utils.text import first_line
+from vheat_mm.utils.text import first_line, is_address
+
+FETCH_AGAIN = 'remove it to download it again, or copy it again if it was copied'
 
 
 def local_file(path: str) -> str:
@@ -33,7 +34,7 @@ def local_file(path: str) -> str:
     """
     release = find_released(path)
     if release is None:
-        if re.match(r'https?://', path):
+        if is_address(path):
             return str(_cached(path))
         check_name(path)
         return path
@@ -41,10 +42,9 @@ def local_file(path: str) -> str:
         text = f'{path!r} is taken as the name of released weights; what lies in the working folder is {f"./{path}"!r}'
         print_log(text, logger='current', level=logging.WARNING)
     place = locate(release)
-    local = _cached(place, release) if re.match(r'https?://', place) else Path(place)
-    source = '' if place == str(local) else f', from {place}'
+    local = _cached(place, release) if is_address(place) else Path(place)
     digest = _check_digest(local, local, str(local))
-    print_log(f'Released weights {release.name}: {str(local)!r}{source}, SHA-256 {digest}', logger='current')
+    print_log(f'Released weights {release.name}: {str(local)!r}, SHA-256 {digest}', logger='current')
     return str(local)
 
 
@@ -112,8 +112,9 @@ def _check_digest(file: Path, target: Path, source: str) -> str:
     record, found = _record_of(target), sha.hexdigest()
     expected = record.read_text(encoding='utf-8', errors='replace').split()[:1] if record.exists() else [found]
     if expected != [found]:
+        state = f'damaged or was replaced: {FETCH_AGAIN}' if file == target else 'another file than before'
         raise CheckpointError(
             f'{source!r} has SHA-256 {found}, but {str(record)!r} has {"".join(expected)!r} from '
-            'an earlier download: it is another file than before. If that is meant, remove the record'
+            f'an earlier download: it is {state}. If the change is meant, remove the record'
         )
     return found

@@ -13,13 +13,14 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from vheat_mm.checkpoint.cache import local_file
+from vheat_mm.checkpoint.cache import FETCH_AGAIN, local_file
+from vheat_mm.checkpoint.released import find_released
 from vheat_mm.checkpoint.safe_globals import register_safe_globals
-from vheat_mm.checkpoint.sharded import INDEX, find_file, read_shards
+from vheat_mm.checkpoint.sharded import INDEX, find_file, find_shards, read_shards
 from vheat_mm.checkpoint.verify import check_content, check_safetensors, open_file
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.files import atomic_file
-from vheat_mm.utils.text import first_line
+from vheat_mm.utils.text import first_line, is_address
 
 StateDict = dict[str, Tensor]
 
@@ -36,11 +37,34 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         CheckpointError: The file is missing, truncated or corrupt, or holds a class that is not on the list of allowed
             ones.
     """
+    place = find_checkpoint(path)
     name = os.fspath(path)
-    if '://' in name:
+    try:
+        return read_shards(place, name, _read_file) if place.endswith(INDEX) else _read_file(place, name)
+    except CheckpointError as error:
+        if is_address(name) or find_released(name):
+            raise CheckpointError(f'{error}. The file is {place!r}: {FETCH_AGAIN}') from error
+        raise
+
+
+def find_checkpoint(path: str | os.PathLike) -> str:
+    """The local file that :func:`read_checkpoint` begins with, downloaded if need be.
+
+    Raises:
+        CheckpointError: It is not named by text, or there is none.
+    """
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise CheckpointError(f'a checkpoint is a path, an address or a name of released weights, got {path!r}')
+    name = os.fspath(path)
+    if is_address(name):
         find_file(name)  # an address of one of several files is refused before it is downloaded
-    place = find_file(local_file(name))
-    return read_shards(place, name, _read_file) if place.endswith(INDEX) else _read_file(place, name)
+    return find_file(local_file(name))
+
+
+def files_of(place: str) -> list[Path]:
+    """All files that are read from what :func:`find_checkpoint` has returned."""
+    shards = find_shards(place, place) if place.endswith(INDEX) else {}
+    return [Path(file).expanduser() for file in (place, *shards)]
 
 
 def _read_file(path: str, name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.text import some_of
@@ -73,11 +74,20 @@ def locate(release: Released) -> str:
     """Path or address of a published checkpoint.
 
     Raises:
-        CheckpointError: ``VHEAT_WEIGHTS`` is neither a folder nor an address, or a folder without the file.
+        CheckpointError: ``VHEAT_WEIGHTS`` is neither a folder nor a plain address, or a folder without the file.
     """
     base = os.environ.get(VARIABLE) or BASE
-    if re.match(r'https?://', base):
-        return f'{base.rstrip("/")}/{release.path}'
+    if re.match('https?:', base, re.IGNORECASE):
+        try:
+            parts = urlsplit(base)
+            plain = parts.hostname and not (parts.query or parts.fragment or '@' in parts.netloc)
+        except ValueError:
+            plain = False
+        if not plain:  # not shown: there may be a password in it
+            raise CheckpointError(
+                f'{VARIABLE} is no address of a folder: expected http(s)://HOST/PATH without user, password, ? and #'
+            )
+        return f'{parts.geturl().rstrip("/")}/{release.path}'
     folder = Path(os.path.expanduser(base))  # noqa: PTH111 (Path's raises RuntimeError for unknown users)
     if not folder.is_dir():
         raise CheckpointError(f'{VARIABLE}={base!r} is neither a folder nor an http(s) address: correct or unset it')
@@ -92,17 +102,23 @@ def locate(release: Released) -> str:
 
 
 def check_name(path: str) -> None:
-    """Refuse a word that is neither a file nor a name of a published checkpoint.
+    """Refuse a word, or what is like a name, that is neither a file nor a name of a published checkpoint.
 
     Raises:
         CheckpointError: With the names.
     """
-    if re.fullmatch(r'[\w-]+', path) and not os.path.lexists(path):
-        names = [name for release in RELEASES for name in (release.name, release.config)]
-        known = {re.sub('[-_]', '', name.lower()): name for name in names}
-        close = difflib.get_close_matches(re.sub('[-_]', '', path.lower()), known, 1)
+    if '/' in path or os.path.lexists(path):
+        return
+    known = {_bare(word): r.name for r in RELEASES for word in (Path(r.path).stem, r.config, r.name)}
+    close = difflib.get_close_matches(_bare(path), known, 1)
+    if close or re.fullmatch(r'[\w-]+', path):
         hint = f', did you mean {known[close[0]]!r}?' if close else '.'
         raise CheckpointError(
             f'no checkpoint at {path!r} (working directory {str(Path.cwd())!r}), and no released weights have that '
             f'name{hint} The names are {", ".join(NAMES)}'
         )
+
+
+def _bare(name: str) -> str:
+    """A name without what is easily mistaken in it."""
+    return re.sub(r'[-_\s]|\.pth', '', name.lower())

@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.files import read_regular
-from vheat_mm.utils.text import first_line, some_of
+from vheat_mm.utils.text import first_line, is_address, some_of
 
 INDEX = '.index.json'
 # In the order in which transformers looks for them in a folder.
@@ -26,9 +26,14 @@ def find_file(place: str) -> str:
     """The file that a path or an address means: itself, or the checkpoint or index in the folder that it names.
 
     Raises:
-        CheckpointError: A folder without any; a shard, which is a part only; the address of an index.
+        CheckpointError: A folder without any; a shard, which is a part only; the address of an index, or one with
+            a password.
     """
-    if re.match(r'https?://', place):
+    if is_address(place):
+        host = place.split('/', 3)[2]
+        if '@' in host:  # Python does not send them, and messages and logs would show them
+            host = host.rsplit('@', 1)[1]
+            raise CheckpointError(f'an address of {host!r} has a user name or password in it: give it without')
         name = re.split('[?#]', place)[0].rsplit('/', 1)[-1]
         if name.endswith(INDEX) or _is_shard(name):
             raise CheckpointError(
@@ -75,11 +80,9 @@ def read_shards(index: str, name: str, read: Callable[[str, str], dict[str, Any]
         CheckpointError: The index is damaged, or names files outside of its folder; a shard is missing or damaged, or
             holds other tensors than the index says.
     """
-    wanted = _read_index(index, name)
-    paths = {shard: _find_shard(Path(index).parent, shard, name) for shard in wanted}
     state: dict[str, Any] = {}
-    for shard, keys in wanted.items():
-        part = read(paths[shard], paths[shard])
+    for shard, keys in find_shards(index, name).items():
+        part = read(shard, shard)
         missing, extra = [key for key in keys if key not in part], [key for key in part if key not in keys]
         if missing or extra:
             raise CheckpointError(
@@ -88,6 +91,11 @@ def read_shards(index: str, name: str, read: Callable[[str, str], dict[str, Any]
             )
         state |= part
     return state
+
+
+def find_shards(index: str, name: str) -> dict[str, set[str]]:
+    """Paths of the shards, and the keys of the tensors in each; see :func:`read_shards`."""
+    return {_find_shard(Path(index).parent, shard, name): keys for shard, keys in _read_index(index, name).items()}
 
 
 def _read_index(index: str, name: str) -> dict[str, set[str]]:

@@ -15,7 +15,7 @@ from vheat_mm.checkpoint.io import StateDict, read_checkpoint
 from vheat_mm.models.find_weights import ANCHOR, AVERAGE, find_weights, require_names
 from vheat_mm.models.weights import adapt_bands, check_fit, is_counter, load_fitting, load_pretrained
 from vheat_mm.utils.errors import CheckpointError
-from vheat_mm.utils.text import first_line, some_of
+from vheat_mm.utils.text import first_line, is_address, some_of
 
 _ANCHOR_OF_MODEL = f'backbone.{ANCHOR}'
 
@@ -60,7 +60,7 @@ def load_initial(module: nn.Module, path: str, prefix: str | None = None) -> Non
     if ANCHOR in own:
         load_pretrained(module, path, prefix=prefix)
         return
-    named = '://' in path and not path.startswith('http')  # torchvision://resnet50
+    named = '://' in path and not is_address(path)  # torchvision://resnet50
     checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu') if named else read_checkpoint(path)
     if prefix is not None:
         prefix = prefix if prefix.endswith('.') else f'{prefix}.'

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vheat_mm.checkpoint.io import StateDict, read_checkpoint, save_atomically
-from vheat_mm.checkpoint.released import find_released, locate
+from vheat_mm.checkpoint.io import StateDict, files_of, find_checkpoint, read_checkpoint, save_atomically
 from vheat_mm.models.find_weights import MAX_GRID, Weights, find_weights
 from vheat_mm.models.weights import Variant
 from vheat_mm.ops.freq_embed import NUM_STAGES, grid_sizes, resize_freq_embed
@@ -21,10 +20,12 @@ class Resized:
     Attributes:
         weights: Backbone and head, resized.
         grids: Grid (H, W) of each stage before and after.
+        files: All that were read.
     """
 
     weights: Weights
     grids: list[tuple[tuple[int, int], tuple[int, int]]]
+    files: list[Path]
 
     def table(self) -> str:
         """The old and new grids, as text."""
@@ -69,7 +70,8 @@ def resize_checkpoint(
     """
     if max(target_size) > 4 * MAX_GRID:
         raise CheckpointError(f'--tg_size {target_size[0]} {target_size[1]} is more than {4 * MAX_GRID} pixels a side')
-    weights = find_weights(read_checkpoint(path), path, prefix, ema)
+    place = find_checkpoint(path)
+    weights = find_weights(read_checkpoint(place), path, prefix, ema)
     keys = [f'freq_embed.{stage}' for stage in range(NUM_STAGES) if f'freq_embed.{stage}' in weights.backbone]
     old = [(weights.backbone[key].shape[0], weights.backbone[key].shape[1]) for key in keys]
     if not old:
@@ -97,18 +99,17 @@ def resize_checkpoint(
             raise CheckpointError(
                 f'{key} of {path!r} cannot be made {grid[0]}x{grid[1]}: {first_line(error)}; choose a smaller --tg_size'
             ) from error
-    return Resized(weights, list(zip(old, new, strict=True)))
+    return Resized(weights, list(zip(old, new, strict=True)), files_of(place))
 
 
-def check_target(source: str, target: str) -> None:
+def check_target(resized: Resized, target: str) -> None:
     """Refuse to write over the input, also through another name or a link.
 
     Raises:
         CheckpointError: The target is the input.
     """
-    release = find_released(source)
-    given, wanted = Path(locate(release) if release else source).expanduser(), Path(target).expanduser()
-    if wanted.exists() and given.exists() and given.samefile(wanted):
+    wanted = Path(target).expanduser()
+    if wanted.exists() and any(file.samefile(wanted) for file in resized.files):
         raise CheckpointError(f'{target!r} is the input itself: choose another --tg_pth, the input is never written')
 
 
@@ -121,7 +122,7 @@ def write_resized(resized: Resized, target: str) -> None:
     Raises:
         CheckpointError: The target is the input; it cannot be written.
     """
-    check_target(resized.weights.path, target)
+    check_target(resized, target)
     if Path(target).suffix == '.safetensors':
         save_atomically(resized.released_keys(), target)
     else:

@@ -248,8 +248,8 @@ def load_pretrained(
     """
     if map_location != 'cpu':
         raise ValueError(f"map_location must be 'cpu', got {map_location!r}: weights are copied to the model's device")
+    content = read_checkpoint(checkpoint)
     path = os.fspath(checkpoint)
-    content = read_checkpoint(path)
     weights = find_weights(content, path, prefix, ema)
     own = model.state_dict()
     variant = _check_variant(weights.backbone, own, repr(path))

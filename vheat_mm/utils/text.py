@@ -8,6 +8,11 @@ from collections.abc import Iterable, Sequence
 _COLOUR = re.compile(r'\x1b\[[0-9;]*m')
 
 
+def is_address(text: str) -> bool:
+    """Whether a text is an http(s) address."""
+    return re.match('https?://', text, re.IGNORECASE) is not None
+
+
 def first_line(text: object, limit: int = 200) -> str:
     """The first line of a text from outside, at most ``limit`` characters, without control characters."""
     line = next(iter(str(text).strip().splitlines()), '') or type(text).__name__
