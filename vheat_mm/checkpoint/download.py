@@ -73,7 +73,7 @@ def _watch(transfer: _Transfer) -> None:
     """Run a transfer, show how far it is, and end it when too little arrives."""
     columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task('')
+        task = bar.add_task('', total=None)
         transfer.start()
         checked, before = time.monotonic(), 0
         while transfer.is_alive():
