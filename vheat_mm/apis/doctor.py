@@ -232,7 +232,7 @@ def check_torchvision() -> Row:
         remedy = 'install the torchvision that belongs to this torch'
         return Row('torchvision', BROKEN, f'{trouble}; {summary(error)}', remedy)
     found = f'{shimmed.__version__}, compiled for another torch build; works with ensure_torchvision()'
-    remedy = 'tools/ need nothing; other programs: vheat_mm.utils.ensure_torchvision(), or the matching torchvision'
+    remedy = 'tools/ need nothing; other programs: vheat_mm.utils.torchvision.ensure_torchvision(), or another build'
     return Row('torchvision', WARN, found, remedy)
 
 
