@@ -21,7 +21,7 @@ def test_no_fallback_to_unsafe_loading(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = mmengine.runner.checkpoint
     monkeypatch.setattr(module, '_safe_torch_load', torch.load, raising=False)
-    fileio.install()
+    fileio.refuse_unsafe_loading()
     for content in (dict(x=Hostile()), dict(x=torch.ones(2))):
         torch.save(content, 'x.pth')
         for source in ('x.pth', tmp_path / 'x.pth', io.BytesIO((tmp_path / 'x.pth').read_bytes())):

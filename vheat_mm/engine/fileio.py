@@ -132,6 +132,11 @@ def install() -> None:
     # Published weights too: CheckpointCheckHook chooses among their entries, and compares them.
     prefixes = ('', 'http://', 'https://', *_RELEASED)
     CheckpointLoader.register_scheme(prefixes=prefixes, loader=load_from_local, force=True)
+    refuse_unsafe_loading()
+
+
+def refuse_unsafe_loading() -> None:
+    """Make onedl-mmengine's loaders refuse what PyTorch's safe loader refuses; other versions do so by themselves."""
     if hasattr(mmengine.runner.checkpoint, '_safe_torch_load'):
         mmengine.runner.checkpoint._safe_torch_load = _load_without_fallback
 
