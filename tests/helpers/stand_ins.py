@@ -94,7 +94,7 @@ class StandInServer(http.server.ThreadingHTTPServer):
         fault: What it does badly, also in answers under way; several may be in the text: ``'missing'`` (404);
             ``'html'`` (a page with status 200); ``'cut'`` (half of what is asked for, then the end of the connection);
             ``'slow'`` (4 kB each 20 ms); ``'no range'``; ``'no if-range'``; ``'wrong range'`` (one byte too early);
-            ``'no validators'``.
+            ``'no validators'``; ``'no length'``.
     """
 
     daemon_threads = True
@@ -144,7 +144,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Send it; returns whether all of it was sent."""
         self.server.statuses.append(status)
         self.send_response(status)
-        for name, value in (headers | {'Content-Length': str(len(body))}).items():
+        length = {} if 'no length' in self.server.fault else {'Content-Length': str(len(body))}
+        for name, value in (headers | length).items():
             self.send_header(name, value)
         self.end_headers()
         end = len(body) // 2 if 'cut' in self.server.fault else len(body)

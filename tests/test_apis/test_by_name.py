@@ -167,9 +167,11 @@ def test_hub(weights):
         get_model('vheat_mm::detection/retinanet_vheat-t_fpn_1x_coco.py', pretrained=True)
 
 
-def test_detector(weights):
+def test_detector(weights, monkeypatch):
     apis = pytest.importorskip('mmdet.apis')
+    monkeypatch.delitem(sys.modules, 'mmseg', raising=False)
     assert DETECTOR in apis.DetInferencer.list_models('mmdet')
+    assert 'mmseg' not in sys.modules  # another library is not imported for its place
     published = weights('vheatdet/vHeat_tiny_det.pth')
     assert_same(apis.DetInferencer(DETECTOR, device='cpu').model, published)
     model = apis.init_detector(vheat_mm.config_path(DETECTION), DETECTOR, device='cpu')

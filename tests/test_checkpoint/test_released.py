@@ -113,6 +113,8 @@ def test_a_name_wins_over_a_file(release, hub, tmp_path, monkeypatch, lines):
     assert "'vheat_tiny' is taken as the name of released weights" in lines[0]
     assert "'./vheat_tiny'" in lines[0]
     assert read_checkpoint('./vheat_tiny') == dict(mine=1)
+    shutil.copy('vheat_tiny', 'other')
+    assert read_checkpoint('other') == dict(mine=1)
 
 
 @pytest.mark.parametrize(
@@ -363,6 +365,13 @@ def test_faults_of_a_server(server, hub, fault, words, left):
     place = hub / 'vHeat_tiny.pth'
     assert f'Without a network, put the file at {str(place)!r}, or set VHEAT_WEIGHTS to a folder or an' in message
     assert visible(hub) == (['.vHeat_tiny.pth.part', '.vHeat_tiny.pth.part.json'] if left is None else left)
+
+
+def test_a_file_without_end_is_not_kept(server, hub, monkeypatch):
+    monkeypatch.setattr('vheat_mm.checkpoint.download.MAX_BYTES', 100_000)
+    server.fault = 'no length'
+    assert 'sends more than 100000 bytes. Without' in failure()
+    assert visible(hub) == []
 
 
 def test_without_a_network(hub, monkeypatch):

@@ -60,15 +60,7 @@ def config_path(name: str) -> str:
     raise FileNotFoundError(f'vheat_mm has no config {name!r} below {str(folder)!r}{hint}')
 
 
-def _models(library: str) -> Iterator[dict[str, Any]]:
-    """Rows of a library's metafile; a model without published weights has ``Weights`` None."""
-    for row in load(_root() / 'configs' / _FOLDERS[library] / 'metafile.yml')['Models']:
-        yield {'Weights': None, **row, 'Config': str(_root() / row['Config'])}
-
-
-# MMEngine looks up where the package is; pip's entry for an editable installation says site-packages, which is wrong.
-# With the name of a module, it takes the folder of that module's file.
-MODULE2PACKAGE['vheat_mm'] = 'vheat_mm.version'
+MODULE2PACKAGE['vheat_mm'] = 'vheat_mm'
 
 _get_cfg_path, _get_config = Config._get_cfg_path, hub.get_config
 _get_models = BaseInferencer._get_models_from_metafile
@@ -87,8 +79,6 @@ def _get_config_or_ours(cfg_path: str, pretrained: bool = False) -> Config:
         return _get_config(cfg_path, pretrained)
     path = config_path(cfg_path.removeprefix(_PREFIX))
     cfg = Config.fromfile(path)
-    if 'model' in cfg:  # MMEngine would look for its parts in a registry of ours
-        cfg.model['_scope_'] = cfg.default_scope
     if pretrained:
         release = find_released(Path(path).stem)
         if release is None:
@@ -102,7 +92,8 @@ def _list_with_ours(dir: str) -> Iterator[dict[str, Any]]:
     yield from _get_models(dir)
     for library in ('mmdet', 'mmseg'):
         if library in sys.modules and dir == BaseInferencer._get_repo_or_mim_dir(library):
-            yield from _models(library)
+            for row in load(_root() / 'configs' / _FOLDERS[library] / 'metafile.yml')['Models']:
+                yield {'Weights': None, **row, 'Config': str(_root() / row['Config'])}
 
 
 def _add_to_mmpretrain() -> None:
