@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from vheat_mm.apis import doctor
+from vheat_mm.utils.errors import describe
 
 REPO = Path(doctor.__file__).parents[2]
 
@@ -70,6 +71,9 @@ def test_setuptools_without_what_mmengine_imports(monkeypatch):
     monkeypatch.setitem(sys.modules, 'pkg_resources', None)
     row = doctor.CHECKS['pkg_resources']()
     assert (row.status, row.remedy) == ('missing', "pip install 'setuptools<81'")
+    with pytest.raises(ModuleNotFoundError) as caught:
+        importlib.import_module('pkg_resources')
+    assert "pip install 'setuptools<81'" in describe(caught.value)
 
 
 def test_mmcv_compiled_for_another_torch(monkeypatch):

@@ -65,7 +65,8 @@ def describe(error: BaseException) -> str:
         text = text.strip().splitlines()[-1]
         text = re.sub(r'^(?:vheat_mm[\w.]*|OSError): ', '', text)
     if isinstance(error, ModuleNotFoundError):
-        text += '; install it, or add its folder to PYTHONPATH'
+        removed = error.name == 'pkg_resources'  # MMEngine imports it for bases of other packages
+        text += "; pip install 'setuptools<81'" if removed else '; install it, or add its folder to PYTHONPATH'
     if isinstance(error, (*USER_ERRORS, ValueError, RuntimeError)) and text:
         return text
     if not text:  # a bare assertion: say where it is
