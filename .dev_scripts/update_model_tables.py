@@ -10,7 +10,10 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = '<!-- tables from the metafiles: .dev_scripts/update_model_tables.py -->', '<!-- end of the tables -->'
 TABLES = {  # folder of the metafile: first heading, note below
     'classification': ('ImageNet-1K, 224 pixels', 'In brackets: after `switch_to_deploy()`, which the paper counts.'),
-    'detection': ('Mask R-CNN, COCO, FLOPs at 800x1280', ''),
+    'detection': (
+        'Mask R-CNN, COCO, FLOPs at 800x1280',
+        'Published parameters are of an embedding grid of 512 pixels; vHeat-T 3x was released with one of 224.',
+    ),
     'segmentation': ('UPerNet, ADE20K, FLOPs at 512x2048', 'With the auxiliary head. "paper": as the paper prints it.'),
 }
 COLUMNS = {  # heading: a number that all models of a table have, some that few have
