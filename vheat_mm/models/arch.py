@@ -1,4 +1,4 @@
-"""The published variants, and checks of the arguments ``arch`` and ``out_indices``."""
+"""The published variants, checks of arguments of the network, and the depths of its parameters."""
 
 from __future__ import annotations
 
@@ -36,8 +36,18 @@ def read_arch(arch: str | Mapping) -> dict:
     return checked | dict(depths=tuple(depths))
 
 
-def published_weights(arch: str | Mapping) -> str:
-    """Name of the published classifier with this ``arch`` argument; ValueError if none was published."""
+def read_pretrained(
+    pretrained: str | bool | None, init_cfg: dict | list[dict] | None, arch: str | Mapping
+) -> dict | list[dict] | None:
+    """The arguments ``pretrained`` and ``init_cfg`` in one; see :class:`~vheat_mm.VHeat`."""
+    if pretrained is None or pretrained is False:
+        return init_cfg
+    if init_cfg is not None:
+        raise ValueError(f'both pretrained={pretrained!r} and init_cfg={init_cfg!r} are given: keep one')
+    return dict(type='Pretrained', checkpoint=_published_weights(arch) if pretrained is True else pretrained)
+
+
+def _published_weights(arch: str | Mapping) -> str:
     found = read_arch(arch)
     for name, published in ARCHS.items():
         if found == published:
@@ -57,6 +67,24 @@ def read_out_indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:
     if len(stages) != len(given):
         raise ValueError(f'out_indices names a stage twice: {out_indices!r}')
     return tuple(stages)
+
+
+def depth_of(name: str, depths: Sequence[int]) -> int:
+    """Depth of a backbone's parameter for layer-wise learning-rate decay; see :meth:`vheat_mm.VHeat.get_layer_depth`.
+
+    Args:
+        name: In the backbone's ``named_parameters()``.
+        depths: Blocks of each stage.
+    """
+    kind, *rest = name.split('.')
+    if kind == 'patch_embed':
+        return 0
+    if kind == 'freq_embed':  # shared by a stage: as early as the stage's first block
+        return sum(depths[: int(rest[0])]) + 1
+    if kind == 'layers':
+        stage, entry = int(rest[0]), int(rest[1])
+        return sum(depths[:stage]) + min(entry, depths[stage] - 1) + 1  # downsampling goes with the block before it
+    return sum(depths) + 1
 
 
 def _is_int(value: object) -> bool:

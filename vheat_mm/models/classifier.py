@@ -116,11 +116,9 @@ class VHeatClassifier(nn.Module):
     @property
     def feature_info(self) -> FeatureInfo:
         """Describes the maps of :meth:`forward_intermediates`, one of each stage."""
-        dims, depths = self.backbone.num_features, self.backbone.depths
-        return FeatureInfo(
-            dict(num_chs=dims[i], reduction=4 << i, module=f'backbone.layers.{i}.{depths[i] - 1}', index=i)
-            for i in range(len(self.backbone.layers))
-        )
+        net = self.backbone
+        last_blocks = {i: f'backbone.layers.{i}.{net.depths[i] - 1}' for i in range(len(net.layers))}
+        return FeatureInfo.of_stages(net.num_features, last_blocks)
 
     def forward_intermediates(
         self,

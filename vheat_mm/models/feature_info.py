@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -15,6 +16,11 @@ class FeatureInfo(list[dict[str, Any]]):
             (B, H, W, C).
         index: Stage, 0 to 3.
     """
+
+    @classmethod
+    def of_stages(cls, dims: Sequence[int], modules: Mapping[int, str]) -> FeatureInfo:
+        """From the channels of all stages, and the modules behind the maps of some stages."""
+        return cls(dict(num_chs=dims[i], reduction=4 << i, module=name, index=i) for i, name in modules.items())
 
     def channels(self) -> list[int]:
         """Channels of every map."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vheat_mm import ops
-from vheat_mm.models.arch import published_weights, read_arch, read_out_indices
+from vheat_mm.models.arch import depth_of, read_arch, read_out_indices, read_pretrained
 from vheat_mm.models.feature_info import FeatureInfo
 from vheat_mm.models.plain import declare, has_plain_layers, is_conv, may_fuse
 from vheat_mm.models.weights import load_pretrained, resize_loaded_freq_embeds
@@ -393,13 +393,7 @@ class VHeat(BaseModule):
         pretrained: str | bool | None = None,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        if isinstance(pretrained, bool):
-            pretrained = published_weights(arch) if pretrained else None
-        if pretrained is not None:
-            if init_cfg is not None:
-                raise ValueError(f'both pretrained={pretrained!r} and init_cfg={init_cfg!r} are given: keep one')
-            init_cfg = dict(type='Pretrained', checkpoint=pretrained)
-        super().__init__(init_cfg=init_cfg)
+        super().__init__(init_cfg=read_pretrained(pretrained, init_cfg, arch))
         self.init_cfg: dict | list[dict] | None
         self.arch = read_arch(arch)
         self.img_size = to_pair(img_size, 'img_size')
@@ -436,9 +430,8 @@ class VHeat(BaseModule):
         onednn.probe()
         self._initialize()
         self._register_load_state_dict_pre_hook(resize_loaded_freq_embeds, with_module=True)
-        for module in self._frozen_modules():
-            module.requires_grad_(False)
-        self._freeze_embeddings()
+        for frozen in [*self._frozen_modules(), *self.freq_embed[: max(frozen_stages, 0)]]:
+            frozen.requires_grad_(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image (B, in_channels, H, W), H and W at least 1 -> tuple of maps, one per output index.
@@ -482,10 +475,7 @@ class VHeat(BaseModule):
     @property
     def feature_info(self) -> FeatureInfo:
         """The outputs, one dict each: channels ``num_chs``, stride ``reduction``, ``module``, stage ``index``."""
-        return FeatureInfo(
-            dict(num_chs=self.num_features[i], reduction=4 << i, module=f'outnorm{i}', index=i)
-            for i in self.out_indices
-        )
+        return FeatureInfo.of_stages(self.num_features, {i: f'outnorm{i}' for i in self.out_indices})
 
     def init_weights(self) -> None:
         """Apply ``init_cfg``; a ``Pretrained`` entry is loaded last, checked key by key and reported."""
@@ -534,20 +524,10 @@ class VHeat(BaseModule):
             Depth (0 for the stem, then one per block, the last for output norms and everything outside the
             backbone) and the number of depths.
         """
-        num_layers = sum(self.depths[: len(self.layers)]) + 2  # stages behind the last output are not built
-        if not param_name.startswith(prefix):
-            return num_layers - 1, num_layers
-        parts = param_name[len(prefix) :].split('.')
-        if parts[0] == 'patch_embed':
-            return 0, num_layers
-        if parts[0] == 'freq_embed':  # shared by a stage: as early as the stage's first block
-            return sum(self.depths[: int(parts[1])]) + 1, num_layers
-        if parts[0] == 'layers':
-            stage, entry = int(parts[1]), int(parts[2])
-            if entry == self.depths[stage]:  # downsampling goes with the block before it
-                entry -= 1
-            return sum(self.depths[:stage]) + entry + 1, num_layers
-        return num_layers - 1, num_layers
+        depths = self.depths[: len(self.layers)]  # stages behind the last output are not built
+        num_depths = sum(depths) + 2
+        inside = param_name.startswith(prefix)
+        return depth_of(param_name[len(prefix) :], depths) if inside else num_depths - 1, num_depths
 
     def train(self, mode: bool = True) -> VHeat:
         """Set training mode; frozen parts stay in evaluation mode."""
@@ -565,11 +545,5 @@ class VHeat(BaseModule):
             trunc_normal_(embed, std=0.02)
 
     def _frozen_modules(self) -> list[nn.Module]:
-        if self.frozen_stages < 0:
-            return []
         norms = [self.get_submodule(f'outnorm{i}') for i in self.out_indices if i < self.frozen_stages]
-        return [self.patch_embed, *self.layers[: self.frozen_stages], *norms]
-
-    def _freeze_embeddings(self) -> None:
-        for embed in list(self.freq_embed or ())[: max(self.frozen_stages, 0)]:
-            embed.requires_grad_(False)
+        return [self.patch_embed, *self.layers[: self.frozen_stages], *norms] if self.frozen_stages >= 0 else []
