@@ -19,8 +19,9 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.fileio import load
 from mmengine.hub import hub
 from mmengine.infer import BaseInferencer
+from mmengine.registry import DATASETS
 
-from vheat_mm.checkpoint.released import RELEASES, find_released
+from vheat_mm.checkpoint.released import RELEASES, Released, find_released
 from vheat_mm.utils.config_place import did_you_mean
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.when_imported import when_imported
@@ -58,6 +59,15 @@ def config_path(name: str) -> str:
     if not known:
         hint = '; the package was installed without its configs, install it again: pip install vheat_mm'
     raise FileNotFoundError(f'vheat_mm has no config {name!r} below {str(folder)!r}{hint}')
+
+
+def dataset_meta(release: Released) -> dict[str, Any] | None:
+    """Names and colours of the classes, by the config's data set; ``None`` where its library is not imported."""
+    library = dict(vheatdet='mmdet', vheatseg='mmseg').get(release.path.split('/')[0])
+    if library not in sys.modules:
+        return None
+    cfg = Config.fromfile(config_path(f'{_FOLDERS[library]}/{release.config}.py'))
+    return DATASETS.get(f'{library}.{cfg.test_dataloader.dataset.type}').METAINFO
 
 
 MODULE2PACKAGE['vheat_mm'] = 'vheat_mm'

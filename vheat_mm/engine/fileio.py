@@ -24,8 +24,9 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 
 from vheat_mm.checkpoint.io import read_checkpoint, read_stream
-from vheat_mm.checkpoint.released import BASE
+from vheat_mm.checkpoint.released import BASE, find_released
 from vheat_mm.datasets.checks.images import read_header, read_image, refuse_size
+from vheat_mm.engine.by_name import dataset_meta
 from vheat_mm.models.find_weights import ANCHOR
 from vheat_mm.models.pretrained_init import replace_pretrained_init, to_mmengine
 from vheat_mm.models.weights import SOURCE
@@ -106,7 +107,12 @@ def load_from_release(filename: str, map_location: Any = None) -> dict[str, Any]
     Raises:
         CheckpointError: No published weights have that name.
     """
-    return _as_mmengine(load_from_local(filename), filename)
+    checkpoint = _as_mmengine(load_from_local(filename), filename)
+    meta, release = checkpoint.setdefault('meta', {}), find_released(filename)
+    # Without class names mmseg's inferencer would show those of Cityscapes.
+    if release and 'dataset_meta' not in meta and (classes := dataset_meta(release)):
+        meta['dataset_meta'] = classes
+    return checkpoint
 
 
 for _prefix, _loader in list(CheckpointLoader._schemes.items()):
