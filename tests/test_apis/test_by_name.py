@@ -38,7 +38,8 @@ pytestmark = pytest.mark.usefixtures('own_scope')
 def release(tmp_path_factory) -> Path:
     for library in ('mmdet', 'mmseg', 'mmpretrain'):
         pytest.importorskip(library)
-    return write_release(tmp_path_factory.mktemp('release'), ['vheat_tiny', 'vheat_small', DETECTOR, SEGMENTOR])
+    names = ['vheat_tiny', 'vheat_small', DETECTOR, SEGMENTOR]
+    return write_release(tmp_path_factory.mktemp('release'), names, ema=True)
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +55,9 @@ def weights(release, monkeypatch):
     """The state dict in a stand-in for published weights, which come from there."""
     monkeypatch.setenv('VHEAT_WEIGHTS', str(release))
 
-    def read(path: str) -> dict[str, torch.Tensor]:
+    def read(path: str, entry: str = 'model_ema') -> dict[str, torch.Tensor]:
         checkpoint = torch.load(release / path)
-        return checkpoint.get('model', checkpoint.get('state_dict'))
+        return checkpoint.get(entry, checkpoint.get('state_dict'))  # the average has the published accuracy
 
     return read
 
@@ -95,13 +96,15 @@ def test_lines_of_readme(weights, line):
     pytest.importorskip(library)
     importlib.import_module(module)
     model = eval(line.replace('PATH/TO/THE/CLONE', str(ROOT)), {library: sys.modules[library]})
-    if isinstance(model, dict):
+    entry = 'model_ema'
+    if isinstance(model, dict):  # starts a training
+        entry = 'model'
         model = MODELS.build(model)
         model.init_weights()
     path = next(released.path for name in re.findall(r'[\w-]+', line) if (released := find_released(name)))
     found, expected = (
         [v for k, v in state.items() if k.endswith(ANCHOR)]
-        for state in (getattr(model, 'model', model).state_dict(), weights(path))
+        for state in (getattr(model, 'model', model).state_dict(), weights(path, entry))
     )
     assert torch.equal(found[0], expected[0])
 
@@ -185,7 +188,9 @@ def test_segmentor(weights):
     assert SEGMENTOR in apis.MMSegInferencer.list_models('mmseg')
     assert DETECTOR not in apis.MMSegInferencer.list_models('mmseg')
     published = weights('vheatseg/vHeat_tiny_seg.pth')
-    assert_same(apis.MMSegInferencer(SEGMENTOR, device='cpu').model, published)
+    model = apis.MMSegInferencer(SEGMENTOR, device='cpu').model
+    assert_same(model, published)
+    assert len(model.dataset_meta['classes']) == 150  # those of ADE20K, which the file does not name
 
 
 def test_weights_of_another_variant_by_name(weights):
@@ -196,13 +201,13 @@ def test_weights_of_another_variant_by_name(weights):
 
 
 def test_a_classifier_in_the_format_of_the_release_by_its_path(tmp_path):
-    """MMEngine would load nothing of it. Its average is what was evaluated."""
+    """MMEngine would load nothing of it. A path is not the name of what was published: its average is not taken."""
     pytest.importorskip('mmpretrain')
     torch.save(released_checkpoint('vheat_tiny', ema=True), tmp_path / 'mine.pth')
-    average = torch.load(tmp_path / 'mine.pth')['model_ema']
+    weights = torch.load(tmp_path / 'mine.pth')['model']
     model = MODELS.build(get_config(f'vheat_mm::classification/{CLASSIFIER}.py').model)
     load_checkpoint(model, str(tmp_path / 'mine.pth'))
-    assert torch.equal(model.head.fc.weight, average['classifier.3.weight'])
+    assert torch.equal(model.head.fc.weight, weights['classifier.3.weight'])
 
 
 def test_classifier(release):
@@ -218,12 +223,13 @@ def test_classifier(release):
         name = {CLASSIFIER!r}
         assert name in mmpretrain.list_models('*vheat*') and len(mmpretrain.list_models('vheat*')) == 6
         assert 'swin-tiny_16xb64_in1k' in mmpretrain.list_models()
-        weights = torch.load(sys.argv[1])['model']
+        weights = torch.load(sys.argv[1])['model_ema']
         model = mmpretrain.get_model(name, pretrained=True)
         assert torch.equal(model.head.fc.weight, weights['classifier.3.weight'])
         assert torch.equal(model.backbone.outnorm3.weight, weights['classifier.0.weight'])
         image = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
         inferencer = mmpretrain.ImageClassificationInferencer(name)
+        assert torch.equal(inferencer.model.head.fc.weight, weights['classifier.3.weight'])
         result = inferencer(image)[0]
         assert result['pred_class'] == mmpretrain.inference_model(name, image)['pred_class']
         assert mmpretrain.FeatureExtractor(name)(image)[0][0].shape == (768,)

@@ -4,14 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from config_models import load
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from stand_ins import write_release
 from tool_runs import call, call_failing, write_config
 
 from vheat_mm import VHeat, create_model
-from vheat_mm.apis.config import apply_released
 from vheat_mm.apis.interpolate4downstream import main as interpolate
 from vheat_mm.apis.train_test import run_testing, run_training
 from vheat_mm.checkpoint.released import find_released
@@ -30,7 +28,7 @@ def release(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def weights(release, monkeypatch) -> dict[str, torch.Tensor]:
-    """Those published as vheat_tiny."""
+    """Those published as vheat_tiny, from which trainings start."""
     monkeypatch.setenv('VHEAT_WEIGHTS', str(release))
     return torch.load(release / TINY, weights_only=True)['model']
 
@@ -47,41 +45,52 @@ class Whole(BaseModule):
     'make',
     [
         Whole,
-        lambda: create_model('vheat_tiny', pretrained=True),
-        lambda: create_model('vheat_tiny', 'vheat_tiny', features_only=True),
         lambda: VHeat('tiny', pretrained=True),
         lambda: VHeat(dict(embed_dims=96, depths=[2, 2, 6, 2]), pretrained=True),
         lambda: VHeat(init_cfg=dict(type='Pretrained', checkpoint='vheat_tiny')),
         lambda: MODELS.build(dict(type='MMDET_VHEAT', depths=(2, 2, 6, 2), post_norm=False, pretrained='vheat_tiny')),
     ],
-    ids=['model.init_cfg', 'create_model', 'features', 'arch', 'custom arch', 'init_cfg', 'release'],
+    ids=['model.init_cfg', 'arch', 'custom arch', 'init_cfg', 'release'],
 )
-def test_models(weights, make):
+def test_models_to_train(weights, make):
     model = make()
-    if hasattr(model, 'init_weights'):
-        model.init_weights()
+    model.init_weights()
     model = getattr(model, 'backbone', model)
     assert torch.equal(model.freq_embed[2], weights['freq_embed.2'])
     assert torch.equal(model.outnorm3.bias, weights['classifier.0.bias'])
 
 
-def test_the_classifier_comes_too(weights):
-    model = create_model('vheat_tiny', pretrained=True)
-    assert torch.equal(model.get_classifier().weight, weights['classifier.3.weight'])
-    assert create_model('vheat_tiny', pretrained=False).num_classes == 1000
-
-
-def test_which_weights_of_the_file(release, weights, monkeypatch):
+@pytest.mark.parametrize(
+    ('ways', 'entry'),
+    [
+        (dict(pretrained=True), 'model_ema'),
+        (dict(pretrained='vheat_tiny'), 'model_ema'),
+        (dict(pretrained=CLASSIFIER), 'model_ema'),
+        (dict(pretrained=True, features_only=True), 'model_ema'),
+        (dict(pretrained=True, ema=False), 'model'),
+        (dict(pretrained=TINY), 'model'),
+        (dict(pretrained=TINY, ema=True), 'model_ema'),
+    ],
+)
+def test_published_models_have_the_average(release, weights, monkeypatch, ways, entry):
+    """Its accuracy is the published one; a path is a file like any other. The log says so, and nothing else."""
     lines: list[str] = []
-    monkeypatch.setattr('vheat_mm.models.weights.print_log', lambda text, *_, **__: lines.append(text))
-    create_model('vheat_tiny', pretrained=True)
-    average = torch.load(release / TINY, weights_only=True)['model_ema']
-    model = create_model('vheat_tiny', pretrained=True, ema=True)
-    assert torch.equal(model.backbone.freq_embed[0], average['freq_embed.0'])
-    assert "entry 'model': " in lines[0]
-    assert lines[0].endswith("their moving average, entry 'model_ema', is not taken: ema=True takes it")
-    assert "entry 'model_ema': " in lines[1]
-    assert 'not taken' not in lines[1]
+    for module in ('weights', 'classifier'):
+        monkeypatch.setattr(f'vheat_mm.models.{module}.print_log', lambda text, *_, **__: lines.append(text))
+    monkeypatch.chdir(release)
+    model = create_model('vheat_tiny', **ways)
+    state = torch.load(TINY, weights_only=True)[entry]
+    head = 'not of the backbone (2): head.fc.weight, head.fc.bias'
+    source = ways['pretrained'] if isinstance(ways['pretrained'], str) else 'vheat_tiny'
+    which = 'the moving average' if entry == 'model_ema' else "not the moving average 'model_ema' (ema=True)"
+    assert lines[0].startswith(f'Weights of vHeat-tiny from {source!r}, entry {entry!r}, {which}: ')
+    assert lines[0].endswith(f' tensors loaded\n  {head}') or 'features_only' in ways
+    if 'features_only' not in ways:
+        assert torch.equal(model.get_classifier().weight, state['classifier.3.weight'])
+        assert lines[1:] == [f'The classifier of 1000 classes comes from {source!r} too (head.fc).']
+        model = model.backbone
+    assert torch.equal(model.freq_embed[2], state['freq_embed.2'])
+    assert torch.equal(model.outnorm3.bias, state['classifier.0.bias'])
 
 
 @pytest.mark.parametrize(
@@ -140,35 +149,29 @@ def test_released_detector(detector, tmp_path, data, monkeypatch, capfd):
     assert DETECTOR in message
 
 
-@pytest.mark.parametrize('size', [224, 512])
-def test_the_grid_of_the_published_embeddings(tmp_path, monkeypatch, size):
-    """Padded to another grid they would be another function; one detector was published with 224 pixels."""
-    state = {f'backbone.{key}': value for key, value in VHeat('tiny', img_size=size).state_dict().items()}
-    monkeypatch.setenv('VHEAT_WEIGHTS', str(publish(tmp_path, DETECTOR, dict(state_dict=state))))
-    cfg = load(f'detection/{DETECTOR}.py')
-    apply_released(cfg, f'anywhere/{DETECTOR}.py')
-    assert (cfg.load_from, cfg.model.backbone.img_size) == (DETECTOR, size)
-
-
 def as_released(checkpoint: dict) -> dict[str, torch.Tensor]:
-    return Resized(find_weights(checkpoint), []).released_keys()
+    return Resized(find_weights(checkpoint), [], []).released_keys()
 
 
 def test_released_classifier(classifier, tmp_path, data, monkeypatch):
-    """Its moving average, if there is one: here the weights themselves would be refused."""
+    """Its moving average, by either name: here the weights themselves would be refused."""
     content = torch.load(classifier / 'work_dirs' / 'classification' / 'epoch_2.pth', weights_only=False)
     average = as_released(content)
     broken = {key: value for key, value in average.items() if 'layers.3.' not in key}
     monkeypatch.setenv('VHEAT_WEIGHTS', str(publish(tmp_path, CLASSIFIER, dict(model=broken, model_ema=average))))
     config = write_config(tmp_path, 'classification', data).rename(tmp_path / f'{CLASSIFIER}.py')
-    call(run_testing, config, 'released', '--work-dir', 'out', cwd=tmp_path)
-    log = next((tmp_path / 'out').rglob('*.log')).read_text()
-    assert "the moving average of the weights is taken, entry 'model_ema'" in log
+    for name in ('released', 'vheat_tiny'):
+        call(run_testing, config, name, '--work-dir', name, cwd=tmp_path)
+        log = next((tmp_path / name).rglob('*.log')).read_text()
+        assert "Weights from 'vheat_tiny': entry 'model_ema', the moving average" in log
 
 
 def test_load_from_a_name(classifier, tmp_path, data, monkeypatch):
+    """A training starts from the weights that the release starts from: here the average would be refused."""
     content = torch.load(classifier / 'work_dirs' / 'classification' / 'epoch_2.pth', weights_only=False)
-    monkeypatch.setenv('VHEAT_WEIGHTS', str(publish(tmp_path, CLASSIFIER, dict(model=as_released(content)))))
+    weights = as_released(content)
+    broken = {key: value for key, value in weights.items() if 'layers.3.' not in key}
+    monkeypatch.setenv('VHEAT_WEIGHTS', str(publish(tmp_path, CLASSIFIER, dict(model=weights, model_ema=broken))))
     config = write_config(tmp_path, 'classification', data)
     call(
         run_training,
@@ -182,4 +185,4 @@ def test_load_from_a_name(classifier, tmp_path, data, monkeypatch):
     )
     log = next((tmp_path / 'out').rglob('*.log')).read_text()
     assert 'Released weights vheat_tiny: ' in log
-    assert "Weights from 'vheat_tiny': " in log
+    assert "Weights from 'vheat_tiny': entry 'model', not the moving average" in log

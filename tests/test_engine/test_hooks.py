@@ -39,7 +39,7 @@ class Classifier(BaseModel):
         return inputs
 
 
-@pytest.mark.parametrize('ema', [False, True])
+@pytest.mark.parametrize('ema', [False, True, None])
 def test_released_checkpoint_is_translated(tmp_path, ema):
     """``model`` or ``model_ema`` of the release, keys without prefix, classifier in its spelling."""
     source, average = Classifier(), Classifier()

@@ -11,15 +11,11 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.logging import print_log
 from mmengine.registry import init_default_scope
 
 from vheat_mm.apis.cfg_options import CfgOptionsAction, check_keys
-from vheat_mm.checkpoint.io import read_checkpoint
-from vheat_mm.checkpoint.released import RELEASES, find_released
-from vheat_mm.engine.runner.build import add_hook
-from vheat_mm.models.find_weights import find_weights
-from vheat_mm.utils.config_place import is_type, type_name
+from vheat_mm.checkpoint.released import RELEASES, find_released, locate
+from vheat_mm.utils.config_place import type_name
 from vheat_mm.utils.errors import ToolError, describe
 from vheat_mm.utils.torchvision import ensure_torchvision
 
@@ -128,11 +124,9 @@ def apply_randomness(cfg: Config, seed: int | None, deterministic: bool) -> None
 def apply_released(cfg: Config, path: str) -> None:
     """``tools/test.py CONFIG released``: load what was published for this config, found by its name; changes ``cfg``.
 
-    Of a classifier's file that is the moving average, if it holds one: the published accuracy is the average's. The
-    model is built for the image size that the file's frequency value embeddings have.
-
     Raises:
         ToolError: Nothing was published for this config.
+        CheckpointError: See :func:`~vheat_mm.checkpoint.released.locate`.
     """
     release = find_released(Path(path).stem)
     if release is None:
@@ -140,16 +134,8 @@ def apply_released(cfg: Config, path: str) -> None:
             f"'released': no checkpoint was published for {Path(path).stem}; give the path of one, or test one of "
             f'{", ".join(release.config for release in RELEASES)}'
         )
+    locate(release)  # that VHEAT_WEIGHTS lacks the file is said before the data is read
     cfg.load_from = release.name
-    add_hook(cfg, 'CheckpointCheckHook')
-    for hook in cfg.custom_hooks:
-        if is_type(hook, 'CheckpointCheckHook'):
-            hook.setdefault('ema', None)
-    grid = find_weights(read_checkpoint(release.name), release.name, ema=None).backbone['freq_embed.0'].shape[0]
-    backbone = cfg.model.backbone
-    if 4 * grid != backbone.get('img_size', 224):  # the 3x detector of vHeat-T; padded embeddings are another function
-        backbone.img_size = 4 * grid
-        print_log(f'{release.name}: published with model.backbone.img_size={4 * grid}, which is set', 'current')
 
 
 def apply_resume(cfg: Config, resume: str | None) -> None:

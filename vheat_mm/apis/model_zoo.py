@@ -43,7 +43,7 @@ def create_model(
     drop_path_rate: float = 0.0,
     frozen_stages: int = -1,
     with_cp: bool = False,
-    ema: bool = False,
+    ema: bool | None = None,
     prefix: str | None = None,
     resize: str = 'pad',
 ) -> VHeat | VHeatClassifier:
@@ -60,7 +60,9 @@ def create_model(
             linear layer is new, with a warning; with 0 the model returns the averaged map.
         img_size: See :class:`~vheat_mm.VHeat`, as for ``in_channels``, ``drop_path_rate``, ``frozen_stages``,
             ``with_cp``. A checkpoint's embeddings are resized to ``img_size``.
-        ema: See :func:`~vheat_mm.models.weights.load_pretrained`, as for ``prefix`` and ``resize``.
+        ema: Take the moving average of the weights. By default that of the published ones, where their file has it:
+            the published accuracy is the average's. From a path or URL the default is the weights themselves.
+        prefix: See :func:`~vheat_mm.models.weights.load_pretrained`, as for ``resize``.
 
     Raises:
         ValueError: Unknown name; arguments that contradict each other or are out of range.

@@ -78,7 +78,7 @@ def _prepared(load: Callable) -> Callable:
 
 
 def _as_mmengine(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
-    """With MMEngine's entry: of a classifier the average, if there is one, whose accuracy is the published one."""
+    """With MMEngine's entry. What for is not known here: as for a model to use, see :func:`find_weights`."""
     found = to_mmengine(checkpoint, None, source, ema=None)
     state: Any = OrderedDict(found)
     state._metadata = {**getattr(found, '_metadata', {}), 'backbone': {'version': 1, SOURCE: source}}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vheat_mm.models.feature_info import FeatureInfo
 from vheat_mm.models.find_weights import ANCHOR, find_weights
 from vheat_mm.models.vheat import Stage, VHeat
-from vheat_mm.models.weights import compare, load_pretrained
+from vheat_mm.models.weights import Variant, check_variant, compare, load_pretrained
 from vheat_mm.ops.freq_embed import NUM_STAGES
 from vheat_mm.utils.errors import CheckpointError
 
@@ -72,7 +72,7 @@ class VHeatClassifier(nn.Module):
         self.num_classes, self.global_pool = 0, global_pool
         self.head = nn.ModuleDict(dict(drop=nn.Dropout(drop_rate), fc=nn.Identity()))
         self.reset_classifier(num_classes)
-        self._register_load_state_dict_pre_hook(_rename_released_keys)
+        self._register_load_state_dict_pre_hook(_rename_released_keys, with_module=True)
 
     # ---- the classifier ----
 
@@ -219,14 +219,15 @@ class VHeatClassifier(nn.Module):
         self,
         checkpoint: str | os.PathLike,
         prefix: str | None = None,
-        ema: bool = False,
+        ema: bool | None = None,
         resize: str = 'pad',
         adopt_classes: bool = False,
     ) -> None:
         """Load a checkpoint's backbone, and its classifier where it has this model's number of classes.
 
         Args:
-            checkpoint: See :func:`~vheat_mm.models.weights.load_pretrained`, as for ``prefix``, ``ema``, ``resize``.
+            checkpoint: See :func:`~vheat_mm.models.weights.load_pretrained`, as for ``prefix`` and ``resize``.
+            ema: Take the moving average; by default that of published weights, given by name.
             adopt_classes: Take the number of classes from the checkpoint.
 
         Raises:
@@ -259,9 +260,14 @@ class VHeatClassifier(nn.Module):
         print_log(text, logger='current')
 
 
-def _rename_released_keys(state_dict: dict, prefix: str, *_: object) -> None:
-    """Load hook: the release's keys, or a backbone's alone, become those of :class:`VHeatClassifier`."""
+def _rename_released_keys(model: VHeatClassifier, state_dict: dict, prefix: str, *_: object) -> None:
+    """Load hook: the release's keys, or a backbone's alone, become those of :class:`VHeatClassifier`.
+
+    Another published variant is an error of one line, where PyTorch's would name every tensor.
+    """
     if f'{prefix}{ANCHOR}' in state_dict:
-        found = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
-        found = find_weights({key.removeprefix(prefix): value for key, value in found.items()}).to_mmengine()
-        state_dict.update({f'{prefix}{key}': value for key, value in found.items()})
+        state = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+        found = find_weights(state)
+        if Variant.of(found.backbone).arch:
+            check_variant(found.backbone, model.backbone.state_dict(), 'the checkpoint')
+        state_dict.update({f'{prefix}{key}': value for key, value in found.to_mmengine().items()})

@@ -13,6 +13,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from vheat_mm.checkpoint.io import StateDict
+from vheat_mm.checkpoint.released import find_released
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.text import first_line, some_of
 
@@ -33,6 +34,7 @@ class Weights:
     Attributes:
         path: The file.
         entry: The checkpoint's entry that holds them, ``'file'`` for a bare state dict.
+        has_average: Whether the checkpoint is one of the release with a moving average.
         prefix: Prefix of the backbone's keys in that entry.
         backbone: Backbone weights under :class:`~vheat_mm.VHeat`'s keys.
         head: All other weights of the entry, under MMEngine's keys (``head.fc.*`` for a classifier's linear layer) and
@@ -42,8 +44,15 @@ class Weights:
     path: str
     entry: str
     prefix: str
+    has_average: bool = False
     backbone: StateDict = field(default_factory=dict)
     head: StateDict = field(default_factory=dict)
+
+    @property
+    def choice(self) -> str:
+        """Which of a checkpoint's weights these are, for the log."""
+        note = ', the moving average' if self.entry == AVERAGE else f', not the moving average {AVERAGE!r} (ema=True)'
+        return f'entry {self.entry!r}{note if self.has_average else ""}'
 
     def to_mmengine(self) -> StateDict:
         """State dict of an MMEngine model: the backbone's keys start with ``backbone.``."""
@@ -57,10 +66,12 @@ def find_weights(
 
     Args:
         checkpoint: What :func:`~vheat_mm.checkpoint.read_checkpoint` returns.
-        path: Named in errors.
+        path: Path, address or name that the user gave.
         prefix: Prefix of the backbone's keys, needed where a file holds several backbones.
-        ema: Take the exponential moving average, with ``None`` if there is one. (In MMEngine's files ``state_dict`` is
-            the average already.)
+        ema: Take the exponential moving average. ``None``, for a model to use: if ``path`` is the name (or address in
+            the release) of published weights, and there is one, because the published accuracy is the average's.
+            ``False``, for a model to train: the release starts from the other weights. (In MMEngine's files
+            ``state_dict`` is the average already.)
 
     Raises:
         CheckpointError: No or several vHeat backbones; ``ema`` asked of a file without one; FVEs that are not a grid;
@@ -81,7 +92,7 @@ def find_weights(
             f'{path!r} holds no vHeat backbone: none of the {len(state)} keys in its entry {entry!r} '
             f'{"is" if prefix else "ends in"} {wanted!r}; the first are {some_of(state, 3)}'
         )
-    weights = Weights(path=path, entry=entry, prefix=prefixes[0])
+    weights = Weights(path=path, entry=entry, prefix=prefixes[0], has_average=AVERAGE in checkpoint)
     wrapper = re.sub(r'(?<![^.])(backbone\.)?(_orig_mod\.)?$', '', weights.prefix)
     sources: dict[tuple[bool, str], str] = {}  # (of the head, key) -> key in the file
     for key, value in state.items():
@@ -108,7 +119,7 @@ def _select_entry(checkpoint: dict[str, Any], path: str, ema: bool | None) -> tu
     averaged = [name for name in (AVERAGE, 'state_dict_ema') if isinstance(checkpoint.get(name), dict)]
     if 'ema_state_dict' in checkpoint and 'state_dict' in plain:
         averaged.append('state_dict')  # MMEngine's EMAHook saves the average there, the raw weights as ema_state_dict
-    ema = bool(averaged) if ema is None else ema
+    ema = bool(averaged) and find_released(path) is not None if ema is None else ema
     if ema and not averaged:
         raise CheckpointError(
             f'{path!r} holds no moving average of the weights; its entries are {some_of(checkpoint)}. Drop ema.'

@@ -98,11 +98,11 @@ def to_mmengine(
     own = {_ANCHOR_OF_MODEL: torch.empty(0)} if own is None else own
     if _ANCHOR_OF_MODEL not in own:
         return state
-    averaged = ema is not False and AVERAGE in checkpoint
-    if averaged or not own.keys() & state.keys():  # or keys of another format, or another model
-        state = find_weights(checkpoint, path, ema=ema).to_mmengine()
-        if averaged:
-            print_log(f'{path!r}: the moving average of the weights is taken, entry {AVERAGE!r}', logger='current')
+    if AVERAGE in checkpoint or not own.keys() & state.keys():  # or keys of another format, or another model
+        weights = find_weights(checkpoint, path, ema=ema)
+        state = weights.to_mmengine()
+        if weights.has_average:
+            print_log(f'Weights from {path!r}: {weights.choice}', logger='current')
     elif isinstance(state.get(_ANCHOR_OF_MODEL), Tensor):
         find_weights(dict(state_dict=state), path, prefix='backbone.')  # raises for damaged tensors
     if finetune:

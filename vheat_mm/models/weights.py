@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vheat_mm.checkpoint.io import StateDict, read_checkpoint
 from vheat_mm.checkpoint.released import find_released
 from vheat_mm.models.arch import ARCHS
-from vheat_mm.models.find_weights import ANCHOR, AVERAGE, Weights, find_weights
+from vheat_mm.models.find_weights import ANCHOR, Weights, find_weights
 from vheat_mm.ops.freq_embed import NUM_STAGES, resize_freq_embed
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.text import first_line, format_shape, some_of
@@ -224,7 +224,7 @@ def load_pretrained(
     checkpoint: str | os.PathLike,
     prefix: str | None = None,
     map_location: str = 'cpu',
-    ema: bool = False,
+    ema: bool | None = False,
     resize: str = 'pad',
 ) -> Weights:
     """Load backbone weights from a file, with FVEs of another grid resized, and log what was done.
@@ -252,7 +252,7 @@ def load_pretrained(
     path = os.fspath(checkpoint)
     weights = find_weights(content, path, prefix, ema)
     own = model.state_dict()
-    variant = _check_variant(weights.backbone, own, repr(path))
+    variant = check_variant(weights.backbone, own, repr(path))
     backbone, note = adapt_bands(weights.backbone, own, path)
     found = compare(backbone, own, backbone='')
     wrong = found.without(_OUT_NORM.match)
@@ -266,13 +266,9 @@ def load_pretrained(
     except RuntimeError as error:  # memory, and types of numbers without interpolation or conversion
         raise CheckpointError(f'{path!r} cannot be loaded: {first_line(error)}') from error
     if weights.head:
-        note = f'\n  not of the backbone ({len(weights.head)}): {some_of(list(weights.head))}{note}'
-    if AVERAGE in content and weights.entry != AVERAGE:
-        note += f'\n  their moving average, entry {AVERAGE!r}, is not taken: ema=True takes it'
-    print_log(
-        f'Weights of {variant.name} from {path!r}, entry {weights.entry!r}: {found.report(resize)}{note}',
-        logger='current',
-    )
+        note += f'\n  not of the backbone ({len(weights.head)}): {some_of(weights.head)}'
+    text = f'Weights of {variant.name} from {path!r}, {weights.choice}: {found.report(resize)}{note}'
+    print_log(text, logger='current')
     return weights
 
 
@@ -311,7 +307,7 @@ def resize_loaded_freq_embeds(
     """
     if SOURCE in local_metadata:
         backbone = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        _check_variant(backbone, model.state_dict(), repr(local_metadata[SOURCE]))
+        check_variant(backbone, model.state_dict(), repr(local_metadata[SOURCE]))
     for name, own in model.named_parameters():
         key = f'{prefix}{name}'
         value = state_dict.get(key)
@@ -321,7 +317,7 @@ def resize_loaded_freq_embeds(
         print_log(f'{key}: resized (pad) {format_shape(value.shape)} -> {format_shape(own.shape)}', logger='current')
 
 
-def _check_variant(backbone: StateDict, own: StateDict, source: str) -> Variant:
+def check_variant(backbone: StateDict, own: StateDict, source: str) -> Variant:
     """Refuse a backbone of another variant than the model's, which is returned."""
     found, expected = Variant.of(backbone), Variant.of(own)
     if found.deployed != expected.deployed:

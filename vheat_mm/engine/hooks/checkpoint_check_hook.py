@@ -25,7 +25,8 @@ class CheckpointCheckHook(Hook):
     Keys of the release's checkpoints (entries ``model`` and ``model_ema``) are converted to MMEngine's.
 
     Args:
-        ema: Take the moving average from a checkpoint of the release, with ``None`` if it holds one.
+        ema: Take the moving average from a checkpoint of the release. By default a test of published weights, given by
+            name, takes it where there is one, and nothing else does.
 
     Raises:
         CheckpointError: The checkpoint does not fit.
@@ -33,7 +34,7 @@ class CheckpointCheckHook(Hook):
 
     priority = 'VERY_HIGH'  # before EMAHook, which reads ``state_dict``
 
-    def __init__(self, ema: bool | None = False) -> None:
+    def __init__(self, ema: bool | None = None) -> None:
         self.ema = ema
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -47,7 +48,8 @@ class CheckpointCheckHook(Hook):
                 f'cannot resume from {path!r}: it holds weights but no training state; to start a new training '
                 'from these weights, drop --resume and pass --cfg-options load_from=PATH'
             )
-        converted = to_mmengine(checkpoint, own, path, self.ema, finetune)
+        ema = False if finetune and self.ema is None else self.ema
+        converted = to_mmengine(checkpoint, own, path, ema, finetune)
         if 'state_dict' not in checkpoint:
             checkpoint.clear()
         checkpoint['state_dict'] = converted
