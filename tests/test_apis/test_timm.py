@@ -146,7 +146,9 @@ def test_maps_of_the_stages(narrow, name):
             got = model.forward_intermediates(x, indices, intermediates_only=True)
             assert all(map(torch.equal, got, [maps[i] for i in stages]))
             assert len(got) == len(stages)
+        later = model.backbone.layers[2].register_forward_hook(lambda *_: pytest.fail('a later stage has run'))
         early, (second,) = model.forward_intermediates(x, [1], stop_early=True)
+        later.remove()
         assert torch.equal(early, second)
         assert torch.equal(model.forward_intermediates(x, [1])[0], final)
 
