@@ -94,7 +94,7 @@ class StandInServer(http.server.ThreadingHTTPServer):
         fault: What it does badly, also in answers under way; several may be in the text: ``'missing'`` (404);
             ``'html'`` (a page with status 200); ``'cut'`` (half of what is asked for, then the end of the connection);
             ``'slow'`` (4 kB each 20 ms); ``'no range'``; ``'no if-range'``; ``'wrong range'`` (one byte too early);
-            ``'no validators'``; ``'no length'``.
+            ``'no validators'``; ``'no length'``; ``'gzip'``.
     """
 
     daemon_threads = True
@@ -129,6 +129,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             headers = {'Content-Type': 'application/octet-stream'}
             if 'no validators' not in fault:
                 headers['ETag'] = tag
+            if 'gzip' in fault:
+                headers['Content-Encoding'] = 'gzip'
             start = 0
             same = 'no if-range' in fault or self.headers.get('If-Range', tag) == tag
             if wanted and 'no range' not in fault and same:

@@ -353,6 +353,7 @@ def test_eight_processes_download_once(server, hub, killed):
         ('missing', r"could not download 'http://.*/vheatcls/vHeat_tiny.pth': HTTP Error 404: Not Found\. Without", []),
         ('html', r"vHeat_tiny.pth' answered with a web page instead of a file: a sign-in, a proxy or a wrong", []),
         ('cut', r'sent 358945 of 717890 bytes; 0.4 MB of it are kept, and the next try goes on there\. Without', None),
+        ('gzip', r"vHeat_tiny.pth' is sent compressed, against the request: Content-Encoding 'gzip'\. Without", []),
         ('no validators, cut', r'sent 358945 of 717890 bytes\. Without', []),
     ],
 )

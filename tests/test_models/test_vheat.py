@@ -316,7 +316,14 @@ def test_layer_depth(make_vheat):
         (dict(out_indices=(3, -1)), 'twice'),
         (dict(drop_path_rate=1.0), 'drop_path_rate.*1.0'),
         (dict(frozen_stages=5), 'frozen_stages.*5'),
+        (dict(drop_path_rate='0.1'), "drop_path_rate.*'0.1'"),
+        (dict(frozen_stages=True), 'frozen_stages.*True'),
         (dict(mlp_ratio=0), 'mlp_ratio'),
+        (dict(mlp_ratio='4'), "mlp_ratio.*'4'"),
+        (dict(in_channels=0), 'in_channels.*0'),
+        (dict(in_channels=5.0), 'in_channels.*5.0'),
+        (dict(in_channels=True), 'in_channels.*True'),
+        (dict(arch=dict(embed_dims=8, depths=(1, 1, 1, 1), layer_scale='x')), "layer_scale.*'x'"),
     ],
 )
 def test_bad_arguments_are_named(arguments, words):

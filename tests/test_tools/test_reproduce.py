@@ -108,7 +108,7 @@ def test_default_is_every_published_model(tool):
 @pytest.mark.parametrize(
     ('arguments', 'words'),
     [
-        ([UNPUBLISHED], rf"no checkpoint of '{UNPUBLISHED}' is published.*; there are those of vheat-t_16xb128_in1k, "),
+        ([UNPUBLISHED], rf"no checkpoint of '{UNPUBLISHED}' is published.*; there are those of vheat_tiny, "),
         ([f'{CLASSIFIER}s'], rf"did you mean '{CLASSIFIER}'\?"),
         (['--nproc', '0'], r'--nproc 0: expected a number of at least 1'),
         (['--out', 'gone/table.md'], r"--out gone/table\.md: there is no folder 'gone'"),

@@ -36,10 +36,12 @@ def test_resumed_detector_equals_uninterrupted(detector):
 
 
 def test_resumed_segmentor_equals_uninterrupted(segmentor):
-    """Iteration-based, no data-loader workers, from a named checkpoint."""
+    """Iteration-based, no data-loader workers, from a named checkpoint; the weights of init_cfg are gone."""
     killed = kill_after(segmentor / 'run', 'iter_2.pth', segmentor / 'killed')
     options = ('--work-dir', 'again', '--resume', killed / 'iter_2.pth', '--auto-scale-lr')
-    call(run_training, 'segmentation.py', *options, cwd=segmentor)
+    init_cfg = 'model.backbone.init_cfg=dict(type="Pretrained",checkpoint="gone.pth")'
+    call(run_training, 'segmentation.py', *options, '--cfg-options', init_cfg, cwd=segmentor)
+    assert 'has all weights: gone.pth' in next((segmentor / 'again').rglob('*.log')).read_text()
     assert_same_weights(segmentor / 'again' / 'iter_4.pth', segmentor / 'run' / 'iter_4.pth')
 
 

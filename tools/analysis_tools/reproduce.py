@@ -156,8 +156,9 @@ def parse_args(argv: list[str], models: dict[str, dict[str, Any]]) -> argparse.N
         parser.error(f'--out {args.out}: there is no folder {str(args.out.parent)!r}')
     args.models = [release.config if (release := find_released(name)) else name for name in args.models or models]
     if unknown := [name for name in args.models if name not in models]:
-        hint = did_you_mean(unknown[0], models)
-        parser.error(f'no checkpoint of {unknown[0]!r} is published{hint}; there are those of {", ".join(models)}')
+        names = [release.name if (release := find_released(name)) else name for name in models]
+        hint = did_you_mean(unknown[0], [*names, *models])
+        parser.error(f'no checkpoint of {unknown[0]!r} is published{hint}; there are those of {", ".join(names)}')
     return args
 
 

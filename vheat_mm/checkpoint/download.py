@@ -46,7 +46,7 @@ def download(url: str, part: Path) -> None:
 
     Raises:
         CheckpointError: The download failed, was incomplete, too slow or larger than ``MAX_BYTES``, or was redirected
-            to another protocol; or the server sent a web page.
+            to another protocol; or the server sent a web page, or a compressed file.
         OSError: The file cannot be written, or the disk has no room for it.
     """
     transfer = _Transfer(url, part)
@@ -153,6 +153,9 @@ class _Transfer(threading.Thread):
             raise CheckpointError(
                 f'{self.url!r} answered with a web page instead of a file: a sign-in, a proxy or a wrong address'
             )
+        coding = first_line(response.headers.get('Content-Encoding') or 'identity')
+        if coding.lower() != 'identity':  # which the request asks for
+            raise CheckpointError(f'{self.url!r} is sent compressed, against the request: Content-Encoding {coding!r}')
         announced = response.length  # bytes; None if the server does not tell
         self.total = None if announced is None else self.done + announced
         self._check_size()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 from vheat_mm.ops.freq_embed import NUM_STAGES
 
@@ -28,12 +30,26 @@ def read_arch(arch: str | Mapping) -> dict:
             f'arch dict has unknown keys {sorted(unknown)} and lacks {sorted(missing)}; its keys are {sorted(fields)}'
         )
     checked: dict = dict(post_norm=False, layer_scale=None) | dict(arch)
-    dims, depths = checked['embed_dims'], checked['depths']
+    dims, depths, scale = checked['embed_dims'], checked['depths'], checked['layer_scale']
     if not _is_int(dims) or dims < 2 or dims % 2:
         raise ValueError(f'embed_dims must be an even int, the width of the first stage, got {dims!r}')
     if not isinstance(depths, Sequence) or len(depths) != NUM_STAGES or not all(_is_int(d) and d > 0 for d in depths):
         raise ValueError(f'depths must be {NUM_STAGES} positive ints, got {depths!r}')
+    if scale is not None and not isinstance(scale, Real):
+        raise ValueError(f'layer_scale must be a number or None, got {scale!r}')
     return checked | dict(depths=tuple(depths))
+
+
+def check_numbers(in_channels: int, mlp_ratio: float, drop_path_rate: float, frozen_stages: int) -> None:
+    """Check arguments of :class:`~vheat_mm.VHeat`; ValueError if one is no number or out of its range."""
+    if not _is_int(in_channels) or in_channels < 1:
+        raise ValueError(f'in_channels must be a positive int, the number of bands, got {in_channels!r}')
+    if not isinstance(drop_path_rate, Real) or not 0.0 <= drop_path_rate < 1.0:
+        raise ValueError(f'drop_path_rate must lie in [0, 1), got {drop_path_rate!r}')
+    if not _is_int(frozen_stages) or not -1 <= frozen_stages <= NUM_STAGES:
+        raise ValueError(f'frozen_stages must be an int in -1 .. {NUM_STAGES}, got {frozen_stages!r}')
+    if not isinstance(mlp_ratio, Real) or not 0 < mlp_ratio < math.inf:
+        raise ValueError(f'mlp_ratio must be a positive number, got {mlp_ratio!r}')
 
 
 def read_pretrained(

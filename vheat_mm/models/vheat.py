@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vheat_mm import ops
-from vheat_mm.models.arch import depth_of, read_arch, read_out_indices, read_pretrained
+from vheat_mm.models.arch import check_numbers, depth_of, read_arch, read_out_indices, read_pretrained
 from vheat_mm.models.feature_info import FeatureInfo
 from vheat_mm.models.plain import declare, has_plain_layers, is_conv, may_fuse
 from vheat_mm.models.weights import load_pretrained, resize_loaded_freq_embeds
@@ -398,12 +398,7 @@ class VHeat(BaseModule):
         self.arch = read_arch(arch)
         self.img_size = to_pair(img_size, 'img_size')
         self.out_indices = read_out_indices(out_indices)
-        if not 0.0 <= drop_path_rate < 1.0:
-            raise ValueError(f'drop_path_rate must lie in [0, 1), got {drop_path_rate!r}')
-        if not -1 <= frozen_stages <= NUM_STAGES:
-            raise ValueError(f'frozen_stages must lie in -1 .. {NUM_STAGES}, got {frozen_stages!r}')
-        if mlp_ratio <= 0:
-            raise ValueError(f'mlp_ratio must be positive, got {mlp_ratio!r}')
+        check_numbers(in_channels, mlp_ratio, drop_path_rate, frozen_stages)
         self.frozen_stages = frozen_stages
         self.depths: tuple[int, ...] = self.arch['depths']
         self.num_features = [self.arch['embed_dims'] << i for i in range(NUM_STAGES)]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch import nn
 
 from vheat_mm.engine.hooks.atomic_checkpoint_hook import AtomicCheckpointHook
 from vheat_mm.engine.runner.distributed import set_up_processes
 from vheat_mm.utils.config_place import is_type
 from vheat_mm.utils.errors import ToolError
+from vheat_mm.utils.text import some_of
 
 FAULT_TOLERANCE_HOOKS = (
     'ReproducibleHook',
@@ -38,15 +44,35 @@ def build_runner(cfg: Config, notes: list[str]) -> Runner:
 
 
 def begin_run(runner: Runner) -> None:
-    """Choose what to resume from before training starts; see :meth:`AtomicCheckpointHook.start`."""
+    """Choose what to resume from before training starts; see :meth:`AtomicCheckpointHook.start`.
+
+    The weights of ``init_cfg`` need not be there for that: ``CheckpointCheckHook`` requires all in the checkpoint.
+    """
     hooks = [hook for hook in runner.hooks if isinstance(hook, AtomicCheckpointHook)]
     for hook in hooks[:1]:
         hook.start(runner)
+        if runner._resume and isinstance(runner.model, nn.Module):
+            skip_pretrained(runner.model)
     if not hooks:
         runner.logger.warning(
             'default_hooks.checkpoint is no AtomicCheckpointHook: MMEngine chooses what to resume from, and restarted '
             'processes begin as the command line says'
         )
+
+
+def skip_pretrained(model: nn.Module) -> None:
+    """Drop ``dict(type='Pretrained', ...)`` from the ``init_cfg`` of all modules, and log it."""
+    skipped = []
+    for module in model.modules():
+        given = getattr(module, 'init_cfg', None)
+        entries = [given] if isinstance(given, Mapping) else list(given or [])
+        pretrained = [entry for entry in entries if is_type(entry, 'Pretrained') or is_type(entry, 'PretrainedInit')]
+        if pretrained:
+            kept: Any = [entry for entry in entries if entry not in pretrained]
+            module.init_cfg = kept
+            skipped += [str(entry.get('checkpoint')) for entry in pretrained]
+    if skipped:
+        print_log(f'not read, as the resumed checkpoint has all weights: {some_of(skipped)}', 'current')
 
 
 def add_hook(cfg: Config, name: str) -> None:
