@@ -19,13 +19,14 @@ class BuildPy(build_py):
     NAMES = ('configs', 'tools', 'model-index.yml')
 
     def run(self) -> None:
+        if not self.editable_mode:  # an earlier build may have left what is gone or renamed now
+            shutil.rmtree(Path(self.build_lib) / 'vheat_mm', ignore_errors=True)
         super().run()
         mim = (HERE if self.editable_mode else Path(self.build_lib)) / 'vheat_mm' / '.mim'
         if self.editable_mode:
             self._link(mim)
             self._name_place()
             return
-        shutil.rmtree(mim, ignore_errors=True)  # an earlier build may hold what is renamed now
         mim.mkdir()
         for name in self.NAMES:
             if (HERE / name).is_dir():

@@ -18,7 +18,7 @@ FACES = {'vheat_mm', 'vheat_mm.fsdp', 'vheat_mm.doctor'}
 ANYWHERE = 'vheat_mm.version'  # holds a string and imports nothing
 OPTIONAL = {  # late by need: triton and timm may be missing
     ('vheat_mm.ops.backends', 'vheat_mm.ops.triton'),
-    ('vheat_mm', 'vheat_mm.apis.timm_models'),
+    ('vheat_mm', 'vheat_mm.apis.timm.vheat'),
 }
 
 

@@ -21,6 +21,6 @@ from vheat_mm.version import __version__
 register_safe_globals()
 mend_mmpretrain()
 name_forks()
-when_imported('timm', lambda: importlib.import_module('vheat_mm.apis.timm_models'))
+when_imported('timm', lambda: importlib.import_module('vheat_mm.apis.timm.vheat'))
 
 __all__ = ['VHeat', '__version__', 'config_path', 'create_model', 'list_models']

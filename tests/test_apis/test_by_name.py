@@ -156,6 +156,13 @@ def test_a_config_that_a_foreign_tool_reads_before_the_import(tmp_path):
     run(code, config, pure)
 
 
+def test_a_base_of_another_package_without_pkg_resources(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pkg_resources', None)
+    assert get_config('vheat_mm::_base_/vheat-t.py').vheat.type == 'VHeat'
+    with pytest.raises(ImportError, match=r"to find 'mmdet::.*': pip install 'setuptools<81'"):
+        get_config(f'vheat_mm::{DETECTION}')
+
+
 def test_hub(weights):
     cfg = get_config(f'vheat_mm::{DETECTION}', pretrained=True)
     assert cfg.model_path == 'https://github.com/MzeroMiko/vHeat/releases/download/vheatdet/vHeat_tiny_det.pth'
@@ -173,7 +180,9 @@ def test_hub(weights):
 def test_detector(weights, monkeypatch):
     apis = pytest.importorskip('mmdet.apis')
     monkeypatch.delitem(sys.modules, 'mmseg', raising=False)
-    assert DETECTOR in apis.DetInferencer.list_models('mmdet')
+    names = apis.DetInferencer.list_models('mmdet')
+    assert DETECTOR in names
+    assert DETECTOR.replace('vheat', 'swin') not in names  # mmdet has its own
     assert 'mmseg' not in sys.modules  # another library is not imported for its place
     published = weights('vheatdet/vHeat_tiny_det.pth')
     assert_same(apis.DetInferencer(DETECTOR, device='cpu').model, published)
@@ -181,6 +190,15 @@ def test_detector(weights, monkeypatch):
     assert_same(model, published)
     with pytest.raises(CheckpointError, match=r'no released weights have that name.*mask-rcnn_vheat-t_fpn_1x_coco'):
         apis.init_detector(vheat_mm.config_path(DETECTION), DETECTOR.replace('1x', '2x'), device='cpu')
+
+
+def test_a_detector_without_published_weights(monkeypatch):
+    apis = pytest.importorskip('mmdet.apis')
+    said: list[str] = []
+    monkeypatch.setattr('vheat_mm.engine.by_name.print_log', lambda text, **_: said.append(text))
+    apis.DetInferencer('retinanet_vheat-t_fpn_1x_coco', device='cpu')
+    text = "No weights are published for 'retinanet_vheat-t_fpn_1x_coco': pass weights=PATH, or its answers are random."
+    assert said == [text]
 
 
 def test_segmentor(weights):
@@ -223,6 +241,7 @@ def test_classifier(release):
         name = {CLASSIFIER!r}
         assert name in mmpretrain.list_models('*vheat*') and len(mmpretrain.list_models('vheat*')) == 6
         assert 'swin-tiny_16xb64_in1k' in mmpretrain.list_models()
+        assert 'swin-t_16xb64_in1k' not in mmpretrain.list_models()
         weights = torch.load(sys.argv[1])['model_ema']
         model = mmpretrain.get_model(name, pretrained=True)
         assert torch.equal(model.head.fc.weight, weights['classifier.3.weight'])

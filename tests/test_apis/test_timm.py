@@ -60,7 +60,7 @@ def shapes(maps) -> list[tuple[int, ...]]:
 
 
 def test_timm_knows_the_models():
-    assert sorted(timm.list_models('vheat*')) == sorted(NAMES)
+    assert sorted(timm.list_models('vheat*')) == sorted(timm.list_models(module='vheat')) == sorted(NAMES)
     assert sorted(timm.list_pretrained('vheat*')) == [f'{name}.in1k' for name in sorted(NAMES)]
     for name in NAMES:
         assert timm.is_model(name)
@@ -83,6 +83,18 @@ def test_misspelt_arguments_are_refused(narrow):
         timm.create_model('vheat_tiny', pretrained='x.pth')
     with pytest.raises(ValueError, match='output_stride must be 32, got 16'):
         timm.create_model('vheat_tiny', features_only=True, output_stride=16)
+    with pytest.raises(ValueError, match=r'scriptable=True: .*trace or export'):
+        timm.create_model('vheat_tiny', scriptable=True)
+
+
+def test_device_and_dtype(narrow):
+    model = timm.create_model('vheat_tiny', img_size=64, device='meta', dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.float64)}
+    half = timm.create_model('vheat_tiny', img_size=64, device='cpu', dtype=torch.bfloat16, features_only=True).eval()
+    with torch.no_grad():
+        maps = half(images().bfloat16())
+    assert shapes(maps) == MAPS
+    assert {x.dtype for x in maps} == {torch.bfloat16}
 
 
 # ---- classifier ----
@@ -108,9 +120,30 @@ def test_classifier_pooling_and_their_removal(narrow, name):
         torch.testing.assert_close(model(x), model.get_classifier()(features.flatten(2).max(2).values))
     built = timm.create_model(name, img_size=64, num_classes=0, global_pool='').eval()
     assert shapes([built(images())]) == [MAPS[3]]
-    for wrong in (dict(global_pool='', num_classes=3), dict(global_pool='mean')):
-        with pytest.raises(ValueError, match=r'global_pool'):
-            timm.create_model(name, img_size=64, **wrong)
+    built.reset_classifier(2)
+    assert not built.get_classifier().training
+    with pytest.raises(ValueError, match=r"global_pool='' leaves a map"):
+        built(images())
+    built.reset_classifier(2, 'avg')
+    assert built(images()).shape == (2, 2)
+    with pytest.raises(ValueError, match=r'global_pool must be one of'):
+        timm.create_model(name, img_size=64, global_pool='mean')
+
+
+def test_another_input_size(narrow):
+    model = timm.create_model('vheat_small', img_size=64).requires_grad_(False).eval()
+    with torch.no_grad():
+        x = images()
+        before = model(x)  # fills the cache of decays
+        other = timm.create_model('vheat_small', img_size=(64, 96)).eval()
+        other.load_state_dict(model.state_dict())  # resizes
+        model.set_input_size((64, 96))
+        assert torch.equal(model(x), other(x))
+        assert not torch.equal(model(x), before)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.backbone.switch_to_deploy()
+    with pytest.raises(RuntimeError, match='deployed for one size'):
+        model.set_input_size(64)
 
 
 @pytest.mark.parametrize('name', KINDS)
@@ -210,6 +243,9 @@ def test_checkpointing_gives_the_same_gradients(narrow, name):
         model(x).square().sum().backward()
         gradients.append({key: value.grad for key, value in model.named_parameters()})
     torch.testing.assert_close(*gradients)
+    maps = timm.create_model(name, img_size=64, features_only=True)
+    maps.set_grad_checkpointing()
+    assert all(stage.with_cp for stage in maps.model.backbone.layers)
 
 
 def test_layer_decay_groups_by_depth(narrow):

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import sys
 import tarfile
 import venv
 import zipfile
@@ -43,6 +44,15 @@ def test_sdist_is_the_source_tree_and_the_wheel_is_whole(packages):
         f'vheat_mm/.mim/{name}' for name in sources if name.startswith(tops)
     }
     assert 'vheat_mm/py.typed' in found
+
+
+def test_a_build_takes_up_nothing_that_an_earlier_one_left(tmp_path):
+    for name in ('vheat_mm/gone.py', 'vheat_mm/.mim/configs/gone.py'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    run(sys.executable, 'setup.py', '--quiet', 'build_py', '--build-lib', tmp_path, cwd=REPO)
+    assert (tmp_path / 'vheat_mm' / '.mim' / 'configs' / 'detection').is_dir()
+    assert list(tmp_path.rglob('gone.py')) == []
 
 
 class _Links(html.parser.HTMLParser):

@@ -39,7 +39,6 @@ from benchmark_models import (
 )
 from benchmark_report import describe_run, print_table, write_page, write_results
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from vheat_mm.ops import get_backend
 
@@ -216,15 +215,13 @@ def main(argv: list[str] | None = None) -> int:
     sizes = sorted(args.sizes, key=lambda size: size[0] * size[1] * args.batches.get(size, args.batches[None]))
     cases = [(size, dtype, mode) for mode in args.modes for size in sizes for dtype in args.dtypes]
     folder = Path(args.out_dir) if args.out_dir else None
-    with contextlib.suppress(KeyboardInterrupt), tqdm(cases, disable=not sys.stderr.isatty()) as bar:
-        for size, dtype, mode in bar:
-            bar.set_description(f'{mode} {dtype} {size[0]}x{size[1]}')
+    with contextlib.suppress(KeyboardInterrupt):
+        for size, dtype, mode in cases:
             records = measure_case(args, size, dtype, mode)
             batch = args.batches.get(size, args.batches[None])
             run['cases'].append(dict(size=size, batch_size=batch, dtype=dtype, mode=mode, models=records))
-            if not sys.stderr.isatty():
-                times = ', '.join(f'{k} {r.get("seconds") or r["error"]:.4}' for k, r in records.items())
-                print(f'{mode} {dtype} {batch}x{size[0]}x{size[1]}: {times}', file=sys.stderr, flush=True)
+            times = ', '.join(f'{k} {r.get("seconds") or r["error"]:.4}' for k, r in records.items())
+            print(f'{mode} {dtype} {batch}x{size[0]}x{size[1]}: {times}', file=sys.stderr, flush=True)
             if folder:
                 write_results(folder, run)  # after every case: an interrupted run keeps what it has
     print_table(run)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.fileio import load
 from mmengine.hub import hub
 from mmengine.infer import BaseInferencer
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
 from vheat_mm.checkpoint.released import RELEASES, Released, find_released
@@ -73,14 +75,20 @@ def dataset_meta(release: Released) -> dict[str, Any] | None:
 MODULE2PACKAGE['vheat_mm'] = 'vheat_mm'
 
 _get_cfg_path, _get_config = Config._get_cfg_path, hub.get_config
-_get_models = BaseInferencer._get_models_from_metafile
+_get_models, _load_model = BaseInferencer._get_models_from_metafile, BaseInferencer._load_model_from_metafile
 
 
 def _find_base(cfg_path: str, filename: str) -> tuple[str, str | None]:
     """MMEngine marks what comes from ``mmdet::`` for mmdet's registry. Our configs are for that of their library."""
     if cfg_path.startswith(_PREFIX):
         return config_path(cfg_path.removeprefix(_PREFIX)), None
-    return _get_cfg_path(cfg_path, filename)
+    try:
+        return _get_cfg_path(cfg_path, filename)
+    except ModuleNotFoundError as error:
+        if error.name != 'pkg_resources':
+            raise
+        text = f"MMEngine needs pkg_resources, up to setuptools 80, to find {cfg_path!r}: pip install 'setuptools<81'"
+        raise ImportError(text) from None
 
 
 @functools.wraps(_get_config)
@@ -103,16 +111,28 @@ def _list_with_ours(dir: str) -> Iterator[dict[str, Any]]:
     for library in ('mmdet', 'mmseg'):
         if library in sys.modules and dir == BaseInferencer._get_repo_or_mim_dir(library):
             for row in load(_root() / 'configs' / _FOLDERS[library] / 'metafile.yml')['Models']:
-                yield {'Weights': None, **row, 'Config': str(_root() / row['Config'])}
+                if 'vheat' in row['Name']:  # not what it is compared with
+                    yield {'Weights': None, **row, 'Config': str(_root() / row['Config'])}
+
+
+def _load_or_notify(self: BaseInferencer, model: str) -> tuple[Config, str | None]:
+    cfg, weights = _load_model(self, model)
+    if weights is None:
+        text = f'No weights are published for {model!r}: pass weights=PATH, or its answers are random.'
+        print_log(text, logger='current', level=logging.WARNING)
+    return cfg, weights
 
 
 def _add_to_mmpretrain() -> None:
     model_hub = importlib.import_module('mmpretrain.apis.model').ModelHub
-    root = _root()
+    root, known = _root(), set(model_hub._models_dict)
     model_hub.register_model_index(root / 'configs' / _FOLDERS['mmpretrain'] / 'metafile.yml', config_prefix=root)
+    for name in {name for name in model_hub._models_dict if 'vheat' not in name} - known:
+        del model_hub._models_dict[name]  # what vHeat is compared with
 
 
 Config._get_cfg_path = staticmethod(_find_base)
 BaseInferencer._get_models_from_metafile = staticmethod(_list_with_ours)
+BaseInferencer._load_model_from_metafile = _load_or_notify
 mmengine.hub.get_config = hub.get_config = _get_config_or_ours
 when_imported('mmpretrain.apis.model', _add_to_mmpretrain)

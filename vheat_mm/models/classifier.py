@@ -14,7 +14,7 @@ from vheat_mm.models.feature_info import FeatureInfo
 from vheat_mm.models.find_weights import ANCHOR, find_weights
 from vheat_mm.models.vheat import Stage, VHeat
 from vheat_mm.models.weights import Variant, check_variant, compare, load_pretrained
-from vheat_mm.ops.freq_embed import NUM_STAGES
+from vheat_mm.ops.freq_embed import NUM_STAGES, grid_sizes, resize_freq_embed, to_pair
 from vheat_mm.utils.errors import CheckpointError
 
 _POOLS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -87,8 +87,6 @@ class VHeatClassifier(nn.Module):
             raise ValueError(f'num_classes must be a non-negative int, got {num_classes!r}')
         if global_pool not in _POOLS:
             raise ValueError(f'global_pool must be one of {", ".join(map(repr, _POOLS))}, got {global_pool!r}')
-        if num_classes and not global_pool:
-            raise ValueError(f"global_pool='' leaves a map, of which there are no classes: got {num_classes=}, not 0")
         self.num_classes, self.global_pool = num_classes, global_pool
         layer: nn.Module = nn.Identity()
         if num_classes:
@@ -96,7 +94,17 @@ class VHeatClassifier(nn.Module):
             layer = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-        self.head['fc'] = layer
+        self.head['fc'] = layer.train(self.training)
+
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+        """Bring the frequency value embeddings to the grid of another image size, as loading weights does."""
+        net = self.backbone
+        if net.freq_embed is None:
+            raise RuntimeError('this VHeat is deployed for one size: build a fresh one for another')
+        net.img_size = to_pair(img_size, 'img_size')
+        for i, (embed, grid) in enumerate(zip(net.freq_embed, grid_sizes(net.img_size), strict=False)):
+            net.freq_embed[i] = nn.Parameter(resize_freq_embed(embed.detach(), grid), embed.requires_grad)
+        net.decay_cache.clear()
 
     def forward(self, x: Tensor) -> Tensor:
         """Image (B, in_channels, H, W) -> logits (B, num_classes)."""
@@ -108,6 +116,9 @@ class VHeatClassifier(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What :meth:`forward_features` returns -> logits (B, num_classes), or their input (B, 8C)."""
+        if self.num_classes and not self.global_pool and not pre_logits:
+            classes = f'got num_classes={self.num_classes}, not 0'
+            raise ValueError(f"global_pool='' leaves a map, of which there are no classes: {classes}")
         x = self.head['drop'](_POOLS[self.global_pool](x))
         return x if pre_logits else self.head['fc'](x)
 

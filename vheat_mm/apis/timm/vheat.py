@@ -6,11 +6,15 @@ libraries that take timm's models by name. Weights go through :func:`vheat_mm.ch
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import Any
+from typing import Any, cast
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import is_scriptable
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from vheat_mm.checkpoint.io import StateDict
@@ -65,15 +69,30 @@ def _create(arch: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         pretrained,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=_to_own_keys,
-        feature_cfg=dict(out_indices=kwargs.pop('out_indices', (0, 1, 2, 3)), feature_cls='getter'),
+        feature_cfg=dict(out_indices=kwargs.pop('out_indices', (0, 1, 2, 3)), feature_cls=_Maps),
         **kwargs,
     )
 
 
-def _build(arch: str, in_chans: int = 3, output_stride: int = 32, **arguments: Any) -> VHeatClassifier:
+class _Maps(FeatureGetterNet):
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        cast(VHeatClassifier, self.model).set_grad_checkpointing(enable)
+
+
+def _build(
+    arch: str,
+    in_chans: int = 3,
+    output_stride: int = 32,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **arguments: Any,
+) -> VHeatClassifier:
     if output_stride != 32:
         raise ValueError(f'output_stride must be 32, got {output_stride!r}: heat conduction has no dilated form')
-    return VHeatClassifier(arch, in_channels=in_chans, **arguments)
+    if is_scriptable():
+        raise ValueError('scriptable=True: torch.jit.script cannot compile vHeat; trace or export it instead')
+    with contextlib.nullcontext() if device is None else torch.device(device):
+        return VHeatClassifier(arch, in_channels=in_chans, **arguments).to(dtype=dtype)
 
 
 def _to_own_keys(state: StateDict, model: nn.Module) -> StateDict:

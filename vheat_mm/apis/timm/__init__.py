@@ -1,0 +1,1 @@
+"""What needs timm; nothing is imported here, since timm may be missing."""
