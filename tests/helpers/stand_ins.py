@@ -93,7 +93,7 @@ class StandInServer(http.server.ThreadingHTTPServer):
         full: How often each path was sent from its first byte to its last.
         fault: What it does badly, also in answers under way; several may be in the text: ``'missing'`` (404);
             ``'html'`` (a page with status 200); ``'cut'`` (half of what is asked for, then the end of the connection);
-            ``'slow'`` (4 kB each 20 ms); ``'no range'``; ``'no if-range'``; ``'wrong range'`` (one byte too early);
+            ``'slow'`` (4 kB each 0.1 s); ``'no range'``; ``'no if-range'``; ``'wrong range'`` (one byte too early);
             ``'no validators'``; ``'no length'``; ``'gzip'``.
     """
 
@@ -158,7 +158,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 size = 4096 if slow else 1 << 20
                 self.wfile.write(body[place : min(place + size, end)])
                 place += size
-                time.sleep(0.02 * slow)
+                time.sleep(0.1 * slow)
             return end == len(body)
         return False
 
