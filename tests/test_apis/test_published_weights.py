@@ -145,7 +145,8 @@ def test_released_detector(detector, tmp_path, data, monkeypatch, capfd):
     assert 'SHA-256 ' in log
     assert 'coco/bbox_mAP' in log
     message = call_failing(capfd, run_testing, config.rename(tmp_path / 'mine.py'), 'released', cwd=tmp_path)
-    assert f"'released': no checkpoint was published for mine; give the path of one, or {DETECTOR}, that of " in message
+    assert "'released': no checkpoint was published for mine; give the path of one, or the name of one that" in message
+    assert DETECTOR in message
 
 
 def as_released(checkpoint: dict) -> dict[str, torch.Tensor]:

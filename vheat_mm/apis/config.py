@@ -130,13 +130,10 @@ def apply_released(cfg: Config, path: str) -> None:
     """
     release = find_released(Path(path).stem)
     if release is None:
-        # The text of a config has the path of each base in front of what it defines.
-        bases = [find_released(Path(line).stem) for line in cfg.text.splitlines() if line.endswith('.py')]
-        base = next(filter(None, reversed(bases)), None)
         names = ', '.join(release.config for release in RELEASES)
-        hint = f'{base.name}, that of its base config' if base else f'test one of {names}'
         raise ToolError(
-            f"'released': no checkpoint was published for {Path(path).stem}; give the path of one, or {hint}"
+            f"'released': no checkpoint was published for {Path(path).stem}; give the path of one, or the name of one "
+            f'that fits: {names}'
         )
     locate(release)  # that VHEAT_WEIGHTS lacks the file is said before the data is read
     cfg.load_from = release.name
