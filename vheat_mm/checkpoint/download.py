@@ -20,7 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.files import read_regular
-from vheat_mm.utils.text import first_line
+from vheat_mm.utils.text import first_line, is_address
 
 MAX_BYTES = 8 << 30
 _TIMEOUT = 60.0  # seconds in which the minimum must arrive, again and again; they include redirects and the header
@@ -33,7 +33,7 @@ class _HttpOnly(urllib.request.HTTPRedirectHandler):
     """Follows redirects to http(s) only; urllib itself would follow them to ftp."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        if not newurl.lower().startswith(('http://', 'https://')):
+        if not is_address(newurl):
             raise CheckpointError(f'{req.full_url!r} redirects to {first_line(newurl)!r}, which is not http(s)')
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 

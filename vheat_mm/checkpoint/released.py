@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from vheat_mm.utils.errors import CheckpointError
+from vheat_mm.utils.files import expand_user
 from vheat_mm.utils.text import some_of
 
 BASE = 'https://github.com/MzeroMiko/vHeat/releases/download/'
@@ -88,7 +89,7 @@ def locate(release: Released) -> str:
                 f'{VARIABLE} is no address of a folder: expected http(s)://HOST/PATH without user, password, ? and #'
             )
         return f'{parts.geturl().rstrip("/")}/{release.path}'
-    folder = Path(os.path.expanduser(base))  # noqa: PTH111 (Path's raises RuntimeError for unknown users)
+    folder = expand_user(base)
     if not folder.is_dir():
         raise CheckpointError(f'{VARIABLE}={base!r} is neither a folder nor an http(s) address: correct or unset it')
     places = folder / release.path, folder / Path(release.path).name

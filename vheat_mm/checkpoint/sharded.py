@@ -12,7 +12,7 @@ from typing import Any
 from mmengine.logging import print_log
 
 from vheat_mm.utils.errors import CheckpointError
-from vheat_mm.utils.files import read_regular
+from vheat_mm.utils.files import expand_user, read_regular
 from vheat_mm.utils.text import first_line, is_address, some_of
 
 INDEX = '.index.json'
@@ -41,7 +41,7 @@ def find_file(place: str) -> str:
                 '"hf download REPOSITORY --local-dir FOLDER", and give the folder'
             )
         return place
-    path = Path(os.path.expanduser(place))  # noqa: PTH111 (Path's raises RuntimeError for unknown users)
+    path = expand_user(place)
     try:
         is_folder = path.is_dir()
         found = [name for name in _IN_FOLDERS if is_folder and (path / name).exists()]

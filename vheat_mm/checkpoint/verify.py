@@ -11,6 +11,7 @@ from typing import IO
 from vheat_mm.checkpoint.pickle_rules import inspect_pickles
 from vheat_mm.checkpoint.zip_layout import check_zip, is_zip
 from vheat_mm.utils.errors import CheckpointError
+from vheat_mm.utils.files import expand_user
 from vheat_mm.utils.text import first_line
 
 _MAX_HEADER = 1 << 24  # bytes; a safetensors header has about 100 per tensor
@@ -24,7 +25,7 @@ def open_file(name: str) -> IO[bytes]:
         CheckpointError: The file is missing, empty or unreadable, or it is a folder or a device.
     """
     try:
-        path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path's raises RuntimeError for unknown users)
+        path = expand_user(name)
         if not path.exists():
             raise CheckpointError(f'no checkpoint at {name!r} (working directory {str(Path.cwd())!r})')
         if not path.is_file() or path.stat().st_size == 0:

@@ -17,6 +17,11 @@ PARTIAL = '.part'  # suffix of files while they are written
 _KINDS = {stat.S_IFIFO: 'named pipe', stat.S_IFCHR: 'device', stat.S_IFBLK: 'device', stat.S_IFDIR: 'folder'}
 
 
+def expand_user(path: str) -> Path:
+    """The path with ``~`` replaced, or as it is where that fails; ``Path.expanduser`` raises RuntimeError then."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a regular file, or a link to one, for reading.
 
