@@ -1,0 +1,5 @@
+"""Prediction on images, folders and videos with a trained detector, segmentor or classifier."""
+
+from vheat_mm.apis.inference.types import Item, Prediction, Sample
+
+__all__ = ['Item', 'Prediction', 'Sample']
