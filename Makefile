@@ -10,7 +10,7 @@ RUN := $(abspath $(VENV))/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seg test speed lint package format doctor clean clean-env
+.PHONY: help setup demo demo-seg demo-cls test speed lint package format doctor clean clean-env
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ demo: setup ## train a small vHeat Mask R-CNN from scratch, test it, draw predic
 
 demo-seg: setup ## the same for a small vHeat UPerNet
 	@$(RUN) demo/demo.py segmentation --out "$(or $(OUT),demo_out)"
+
+demo-cls: setup ## the same for a small vHeat classifier of textures
+	@$(RUN) demo/demo.py classification --out "$(or $(OUT),demo_out)"
 
 test: setup ## all tests
 	@$(RUN) -m pytest

@@ -1,6 +1,6 @@
 """Demo on a small data set composed from photographs: train, test, draw predictions, report.
 
-    python demo/demo.py {detection,segmentation} [--out demo_out]
+    python demo/demo.py {detection,segmentation,classification} [--out demo_out]
 
 Makes the data, trains from scratch with tools/dist_train.sh, tests with tools/dist_test.sh, and
 writes pictures of the predictions and curves below --out. Exits with 1 where training, testing or the
@@ -54,13 +54,14 @@ TASKS = {
         'configs/demo/vheat-demo_upernet_coins.py',
         {'mIoU': ('mIoU', 75.0), 'mAcc': ('mean accuracy', None), 'aAcc': ('pixel accuracy', None)},
     ),
+    'classification': Task('configs/demo/vheat-demo_textures.py', {'accuracy/top1': ('accuracy', 85.0)}),
 }
 
 
 def progress(line: str) -> str | None:
     """Shorten a line of MMEngine's log to epoch or iteration, loss and main scores; None for other lines."""
     place = re.search(r'(?:Epoch|Iter)\((?:train|val)\)\s+(?:\[[\d/ ]+\])+', line)
-    values = re.findall(r'(?<!\S)(loss|eta|coco/(?:bbox|segm)_mAP|mIoU): (\S+)', line)
+    values = re.findall(r'(?<!\S)(loss|eta|coco/(?:bbox|segm)_mAP|mIoU|accuracy/top1): (\S+)', line)
     if not place or not values or {key for key, _ in values} == {'eta'}:
         return None
     return '  '.join([place.group(), *(f'{KEY_LABELS.get(key, key)} {value}' for key, value in sorted(values))])
@@ -194,15 +195,17 @@ def demo(name: str, out: Path, processes: int) -> bool:
     results = json.loads(newest(test_dir, '*/*.json').read_text())
 
     print('[4/4] pictures', flush=True)
-    # mmdet keeps the images' names and type, mmseg writes PNG into a folder of its visualizer.
-    drawn = newest(folder / 'predictions', '**/*.[jp][pn]g').parent
-    pictures = sorted(drawn.iterdir())
+    # mmdet keeps the images' names and type, the others write PNG, in folders of the visualizer or of the classes.
+    pictures = sorted((folder / 'predictions').glob('**/*.[jp][pn]g'), key=lambda picture: picture.name)
+    if not pictures:
+        raise DemoError(f'the test left no pictures in {folder / "predictions"}')
+    drawn = Path(os.path.commonpath([picture.parent for picture in pictures]))
     contact_sheet(pictures[:6], folder / 'predictions.png')
     plot = REPO / 'tools' / 'visualization' / 'plot_curves.py'
     run_logged(
         [
             *(sys.executable, str(plot), str(work_dir), '--out', str(folder / 'curves.png')),
-            *('--title', f'vHeat demo: {name} of coins, from scratch'),
+            *('--title', f'vHeat demo: {name}, from scratch'),
         ],
         folder / 'plot.log',
         environment,

@@ -9,11 +9,13 @@ Train and val share no pixel: val has its own six coins and its own half of each
 
     python demo/make_demo_data.py --out data/coins
 
-    data/coins/coco/  annotations/instances_{train,val}.json  train/  val/
-    data/coins/ade/   annotations/{training,validation}/  images/{training,validation}/
+    data/coins/coco/      annotations/instances_{train,val}.json  train/  val/
+    data/coins/ade/       annotations/{training,validation}/  images/{training,validation}/
+    data/coins/textures/  {train,val}/{brick,grass,gravel}/
 
 In the ADE20K layout 0 means unlabelled (the blended seam between two textures), 1 brick, 2 grass,
-3 gravel, 4 coin: what `reduce_zero_label=True` expects. Images of both layouts are the same files.
+3 gravel, 4 coin: what `reduce_zero_label=True` expects. Images of these two layouts are the same files.
+For classification there are as many others, of coins on one texture: its name is the class, and the folder.
 """
 
 from __future__ import annotations
@@ -135,11 +137,11 @@ def relit(pixels: FloatImage, brightness: tuple[float, float], rng: np.random.Ge
 def background(
     textures: list[FloatImage], size: int, rng: np.random.Generator
 ) -> tuple[FloatImage, npt.NDArray[np.uint8]]:
-    """One texture, or two along a wavy border whose blended pixels stay unlabelled (0)."""
-    first, second = rng.choice(len(textures), 2, replace=False)
+    """One texture, or two (if given) along a wavy border whose blended pixels stay unlabelled (0)."""
+    first, second = rng.choice(len(textures), 2, replace=len(textures) < 2)
     image = texture_crop(textures[first], size, rng)
     labels = np.full((size, size), first + 1, dtype=np.uint8)
-    if rng.random() < 0.5:
+    if first == second or rng.random() < 0.5:
         return image, labels
     y, x = (np.mgrid[:size, :size] + 0.5) / size - 0.5
     angle = rng.uniform(0, 2 * np.pi)
@@ -230,8 +232,7 @@ def write_split(root: Path, split: str, num: int, size: int, seed: int, coins: l
         rng = np.random.default_rng([seed, list(SPLITS).index(split), image_id])
         scene = compose(coins, textures, size, rng)
         name = f'{split}_{image_id:05d}'
-        grey = np.round(scene.image * 255).astype(np.uint8)
-        Image.fromarray(grey).convert('RGB').save(coco_images / f'{name}.jpg', quality=95)
+        save_jpeg(scene, coco_images / f'{name}.jpg')
         link_or_copy(coco_images / f'{name}.jpg', ade_images / f'{name}.jpg')
         Image.fromarray(scene.labels).save(ade_labels / f'{name}.png')
         images.append(dict(id=image_id, file_name=f'{name}.jpg', height=size, width=size))
@@ -244,6 +245,23 @@ def write_split(root: Path, split: str, num: int, size: int, seed: int, coins: l
         annotations=annotations,
     )
     (root / 'coco' / 'annotations' / f'instances_{split}.json').write_text(json.dumps(content))
+
+
+def write_classes(root: Path, split: str, num: int, size: int, seed: int, coins: list[Coin]) -> None:
+    """Write ``num`` images of one split, each in the folder of its only texture, below ``root``."""
+    coins = coins_of(split, coins)
+    textures = dict(zip(TEXTURES, textures_of(split), strict=True))
+    for image_id in range(1, num + 1):
+        name = TEXTURES[image_id % len(TEXTURES)]
+        rng = np.random.default_rng([seed, list(SPLITS).index(split), image_id, 1])
+        folder = root / 'textures' / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        save_jpeg(compose(coins, [textures[name]], size, rng), folder / f'{split}_{image_id:05d}.jpg')
+
+
+def save_jpeg(scene: Scene, path: Path) -> None:
+    grey = np.round(scene.image * 255).astype(np.uint8)
+    Image.fromarray(grey).convert('RGB').save(path, quality=95)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -266,7 +284,7 @@ def make_demo_data(out: Path, num_train: int = 200, num_val: int = 40, size: int
         raise DemoDataError(f'--size {size}: a coin needs images of at least 64 pixels')
     if seed < 0:
         raise DemoDataError(f'--seed {seed}: a seed is 0 or more')
-    settings = dict(version=1, num_train=num_train, num_val=num_val, size=size, seed=seed)
+    settings = dict(version=2, num_train=num_train, num_val=num_val, size=size, seed=seed)
     out = out.resolve()
     if out.exists():
         if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
@@ -277,8 +295,9 @@ def make_demo_data(out: Path, num_train: int = 200, num_val: int = 40, size: int
     coins = segment_coins()
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}-') as scratch:
         fresh = Path(scratch) / 'new'
-        write_split(fresh, 'train', num_train, size, seed, coins)
-        write_split(fresh, 'val', num_val, size, seed, coins)
+        for split, num in zip(SPLITS, (num_train, num_val), strict=True):
+            write_split(fresh, split, num, size, seed, coins)
+            write_classes(fresh, split, num, size, seed, coins)
         (fresh / MANIFEST).write_text(json.dumps(settings))
         if out.exists():
             out.rename(Path(scratch) / 'old')
@@ -288,7 +307,7 @@ def make_demo_data(out: Path, num_train: int = 200, num_val: int = 40, size: int
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description='Coins on textures, from the photographs of scikit-image, in COCO and in ADE20K layout.'
+        description='Coins on textures, from photographs of scikit-image: masks, label maps and classes.'
     )
     parser.add_argument('--out', type=Path, default=Path('data/coins'), help='folder to write')
     parser.add_argument('--num-train', type=int, default=200, help='training images')

@@ -214,7 +214,7 @@ def test_mim_searches_the_index():
     )
     assert not done.returncode, done.stderr
     found = json.loads(done.stdout)
-    assert found['small'] == [f'{name}_coins' for name in ('mask-rcnn_vheat-demo', 'mask-rcnn_swin-demo')]
+    assert found['small'] == ['mask-rcnn_vheat-demo_coins', 'mask-rcnn_swin-demo_coins', 'vheat-demo_textures']
     assert found['accurate'] == ['swin-b_16xb64_in1k', 'vheat-s_16xb128_in1k', 'vheat-b_16xb128_in1k']
     assert found['head'] == ['vheat-t_mask2former_8xb2-160k_ade20k-512x512']
     weights = next(release.url for release in RELEASES if release.name == 'vheat_tiny')

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mmengine.config import Config
 from PIL import Image
 
 pytest.importorskip('skimage')
@@ -58,6 +59,19 @@ def test_instance_and_semantic_masks_agree(made, split):
             times_covered += mask
         # What is hidden belongs to the coin on top alone, and every coin pixel to one instance.
         np.testing.assert_array_equal(times_covered, labels == demo_data.COIN_LABEL)
+
+
+def test_classes_are_folders_of_images_with_one_texture(made):
+    for split, num in (('train', 3), ('val', 2)):
+        folders = {path.stem: path.parent.name for path in (made / 'textures' / split).rglob('*.jpg')}
+        assert folders == {f'{split}_{i:05d}': demo_data.TEXTURES[i % 3] for i in range(1, num + 1)}
+    cfg = Config.fromfile(SCRIPT.parents[1] / 'configs' / 'demo' / 'vheat-demo_textures.py')
+    assert cfg.classes == demo_data.TEXTURES
+
+    coins, textures = demo_data.segment_coins(), demo_data.textures_of('train')[1:2]
+    for seed in range(8):
+        labels = demo_data.compose(coins, textures, 256, np.random.default_rng(seed)).labels
+        assert set(np.unique(labels)) == {1, demo_data.COIN_LABEL}  # never a border to another texture
 
 
 def test_splits_share_no_coin_and_no_texture_pixel():
