@@ -131,9 +131,9 @@ def test_flags_that_do_not_fit(detector, segmentor, monkeypatch, capfd):
     assert 'dist_' in call_failing(capfd, run_testing, *test, '--launcher', 'pytorch')
     no_base = ['--auto-scale-lr', '--cfg-options', 'auto_scale_lr=None']
     assert 'base_batch_size' in call_failing(capfd, run_training, 'detection.py', *no_base)
-    assert 'no tta_pipeline' in call_failing(
+    assert 'out_channels=1 twice' in call_failing(
         *(capfd, run_testing, segmentor / 'segmentation.py', segmentor / 'run' / 'iter_4.pth', '--tta'),
-        *('--cfg-options', 'tta_pipeline=None'),
+        *('--cfg-options', 'model.decode_head.out_channels=1'),
     )
     with pytest.raises(SystemExit, match='2'):
         run_training(['detection.py', '--cfg-options', 'model.backbone.img_size'])
