@@ -1,0 +1,152 @@
+"""Results as lines that each process appends to a file of its own, and the reading of all of them in one order.
+
+A line is a JSON object with the input's name and, of a video, the frame; a tab, which JSON never holds as such; and the
+results as JSON. So an index needs no memory but a place in a file for each image, and no results are parsed for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vheat_mm.apis.inference.types import Item
+from vheat_mm.utils.errors import ToolError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def report_full_disk(target: Path) -> Iterator[None]:
+    """Turn the error of a full disk, or of a quota that is used up, into one that names the file and the space left.
+
+    Raises:
+        ToolError: There was no space for ``target``.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        free = shutil.disk_usage(target.parent).free / 2**20
+        left = f'{free:.1f} MiB of the disk are free' if error.errno == errno.ENOSPC else 'your quota is used up'
+        raise ToolError(
+            f'{target} cannot be written: no space left in {target.parent} ({left}); what is complete has been kept: '
+            'make room, then run again with --resume'
+        ) from error
+
+
+class Key(NamedTuple):
+    """Which image or frame a line is about."""
+
+    name: str
+    frame: int | None
+
+
+class PartFile:
+    """Lines of one process, each of them written whole or not at all.
+
+    Args:
+        path: The file, appended to if it exists; an incomplete last line, of a process that was killed, is cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with report_full_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o666)
+        self._end = 0
+        with path.open('rb') as file:
+            for line in file:
+                self._end += len(line) if line.endswith(b'\n') else 0
+        self._cut()
+
+    def append(self, key: Key, results: Any) -> None:
+        """Write the results of an image, so that they outlive this process.
+
+        Raises:
+            ToolError: The disk is full; the file ends with its last whole line.
+        """
+        if self._descriptor is None:
+            raise ValueError(f'{self.path} is closed')
+        head = dict(name=key.name) if key.frame is None else dict(name=key.name, frame=key.frame)
+        line = f'{_dump(head)}\t{_dump(results)}\n'.encode('ascii')
+        with report_full_disk(self.path):
+            try:
+                rest = memoryview(line)
+                while rest:
+                    rest = rest[os.write(self._descriptor, rest) :]
+            except BaseException:
+                self._cut()
+                raise
+        self._end += len(line)
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _cut(self) -> None:
+        """Go back to the end of the last whole line."""
+        assert self._descriptor is not None
+        os.ftruncate(self._descriptor, self._end)
+        os.lseek(self._descriptor, self._end, os.SEEK_SET)
+
+
+class Parts:
+    """The lines of several processes, in the order of the listing and of frames.
+
+    Of an image that was predicted twice, because a run was stopped in between, the last line counts. Lines of inputs
+    that are not listed are left out.
+
+    Args:
+        paths: Files of :class:`PartFile`, in the order in which they were begun; missing ones are empty.
+        items: What was to be predicted.
+    """
+
+    def __init__(self, paths: Sequence[Path], items: Sequence[Item]) -> None:
+        places = {item.name: item.index for item in items}
+        self._paths = [path for path in paths if path.is_file()]
+        found: dict[tuple[int, int], tuple[int, int]] = {}  # place and frame: number of the file, offset in it
+        for number, path in enumerate(self._paths):
+            offset = 0
+            with path.open('rb') as file:
+                for line in file:
+                    if line.endswith(b'\n') and (key := _read_key(line)).name in places:
+                        found[places[key.name], key.frame or 0] = (number, offset)
+                    offset += len(line)
+        self._order = [found[place] for place in sorted(found)]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def keys(self) -> Iterator[Key]:
+        """Which images the lines are about."""
+        for line in self._lines():
+            yield _read_key(line)
+
+    def __iter__(self) -> Iterator[tuple[Key, Any]]:
+        for line in self._lines():
+            yield _read_key(line), json.loads(line.partition(b'\t')[2])
+
+    def _lines(self) -> Iterator[bytes]:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(path.open('rb')) for path in self._paths]
+            for number, offset in self._order:
+                files[number].seek(offset)
+                yield files[number].readline()
+
+
+def _read_key(line: bytes) -> Key:
+    head = json.loads(line.partition(b'\t')[0])
+    return Key(head['name'], head.get('frame'))
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, separators=(',', ':'))  # in ASCII: names of files need not be valid Unicode
