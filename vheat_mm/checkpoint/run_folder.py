@@ -86,7 +86,7 @@ def read_small(path: Path) -> bytes | None:
     return None
 
 
-def lock(folder: Path, seconds: float = 0) -> list[str]:
+def lock(folder: Path, seconds: float = 0, option: str = '--work-dir') -> list[str]:
     """Lock a folder for this process until the process ends or :func:`release`; returns lines for the log.
 
     The lock belongs to the process: data-loader workers do not inherit it, and SIGKILL ends it.
@@ -94,6 +94,7 @@ def lock(folder: Path, seconds: float = 0) -> list[str]:
     Args:
         folder: Created if it is missing.
         seconds: How long to wait for a process that is ending.
+        option: Of the command line, to choose another folder; for the message.
 
     Raises:
         ToolError: Another process holds it.
@@ -102,7 +103,7 @@ def lock(folder: Path, seconds: float = 0) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.resolve() / LOCK_FILE
     if fcntl is None:
-        return ['this system has no file locks: do not start a second training in the same work dir']
+        return ['this system has no file locks: do not start a second run in the same folder']
     if path in _held:
         return []
     file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), 'r+')
@@ -118,11 +119,11 @@ def lock(folder: Path, seconds: float = 0) -> list[str]:
             with file:
                 holder = file.read(500).strip() or 'another process'
             raise ToolError(
-                f'{str(folder)!r} is in use by {holder}: choose another --work-dir, or end that process first'
+                f'{str(folder)!r} is in use by {holder}: choose another {option}, or end that process first'
             ) from None
         except OSError as error:
             file.close()
-            return [f'{str(path)!r} cannot be locked ({error.strerror}): do not start a second training in this folder']
+            return [f'{str(path)!r} cannot be locked ({error.strerror}): do not start a second run in this folder']
     _held[path] = file
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}, started {time.strftime("%Y-%m-%d %H:%M:%S %z")}\n')

@@ -62,7 +62,7 @@ def set_up_processes(cfg: Config, launcher: str) -> list[str]:
         notes.append(f'no GPU: SyncBN -> BN at {replaced} places of the config (statistics are per process)')
     if launcher == 'none':
         return notes
-    threads = _limit_threads()
+    threads = limit_threads()
     timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
     _gloo_used = True
     dist.init_process_group('gloo', timeout=None if timeout is None else datetime.timedelta(seconds=timeout))
@@ -134,7 +134,7 @@ def _first_slurm_node() -> str:
         raise ToolError(f'scontrol cannot tell the first node of {nodes!r}: set MASTER_ADDR') from error
 
 
-def _limit_threads() -> int:
+def limit_threads() -> int:
     """Divide the cores among the processes unless OMP_NUM_THREADS is set; returns the threads of this process."""
     if 'OMP_NUM_THREADS' not in os.environ:
         local = int(os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('SLURM_NTASKS_PER_NODE', process_count())))
