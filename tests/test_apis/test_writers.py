@@ -1,15 +1,20 @@
 """What a run writes, read by other libraries: COCO files, painted images and videos, label maps, tables."""
 
+import csv
 import errno
+import io
 import json
 import os
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vheat_mm.apis.inference.class_table import TableWriter, merge_table
 from vheat_mm.apis.inference.coco import CocoIds, CocoWriter, merge_coco, to_coco
-from vheat_mm.apis.inference.painting import _Look, displayable, paint
+from vheat_mm.apis.inference.label_maps import LabelMapWriter
+from vheat_mm.apis.inference.painting import PaintedWriter, _Look, displayable, paint
 from vheat_mm.apis.inference.parts import Key, PartFile, Parts
 from vheat_mm.apis.inference.types import Item, Prediction
 from vheat_mm.utils.errors import ToolError
@@ -55,9 +60,9 @@ class TestCoco:
             writer.close()
             writer.close()
         items = [prediction.item for prediction in predictions]
-        parts = sorted(folder.glob('coco.*.jsonl'))
+        parts = {folder / f'coco.{rank}.jsonl': [item for item in items if item.index % 2 == rank] for rank in range(2)}
         target = folder / 'predictions.json'
-        return target, merge_coco(parts, items, ids or CocoIds(CLASSES), target)
+        return target, merge_coco(parts, ids or CocoIds(CLASSES), target)
 
     def test_loads_with_pycocotools(self, tmp_path):
         mask_of = pytest.importorskip('pycocotools.mask')
@@ -128,20 +133,20 @@ class TestCoco:
 
 class TestParts:
     def test_what_a_killed_process_leaves(self, tmp_path):
-        """A torn line is cut off, and of an image that is predicted again the last line counts."""
-        path = tmp_path / 'part.jsonl'
-        part = PartFile(path)
+        """A torn line is cut off, and lines count of the inputs that a file is said to hold."""
+        paths = tmp_path / 'old', tmp_path / 'new'
+        old = PartFile(paths[0])
         for name in ('a', 'b', 'gone'):
-            part.append(Key(name, None), f'old {name}')
-        part.close()
-        with path.open('ab') as file:
+            old.append(Key(name, None), f'old {name}')
+        old.close()
+        with paths[0].open('ab') as file:
             file.write(b'{"name":"c"}\t"to')
-        part = PartFile(path)
-        part.append(Key('b', None), 'new b')
-        part.append(Key('c\udcff', 3), ['new c'])
-        items = [Item(name, name, index, name) for index, name in enumerate(['c\udcff', 'b', 'a'])]
-        assert list(Parts([path, tmp_path / 'none'], items)) == [
-            (('c\udcff', 3), ['new c']),
+        old, new = PartFile(paths[0]), PartFile(paths[1])
+        old.append(Key('c\udcff', 3), ['late c'])
+        new.append(Key('b', None), 'new b')
+        a, b, c = (Item(name, name, index, name) for index, name in ((2, 'a'), (1, 'b'), (0, 'c\udcff')))
+        assert list(Parts({paths[0]: [a, c], paths[1]: [b], tmp_path / 'none': [a]})) == [
+            (('c\udcff', 3), ['late c']),
             (('b', None), 'new b'),
             (('a', None), 'old a'),
         ]
@@ -164,7 +169,7 @@ class TestParts:
                 part.append(Key('b', None), 'x' * 100)
         assert part.path.read_bytes() == before
         part.append(Key('b', None), 2)
-        assert len(Parts([part.path], [Item(name, name, 0, name) for name in 'b'])) == 1
+        assert len(Parts({part.path: [Item('b', 'b', 0, 'b')]})) == 1
 
 
 class TestPaint:
@@ -246,3 +251,160 @@ class TestPaint:
         look = _Look(('Nüßchen é', '\U000f0000'), PALETTE, 12)
         assert [look.name(label) for label in range(3)] == ['Nüßchen é', 'class 1', 'class 2']
         assert Path(look.font_path()).name == 'DejaVuSans.ttf'
+
+
+class TestPaintedWriter:
+    @pytest.fixture
+    def writer(self, tmp_path):
+        pytest.importorskip('supervision')
+        return PaintedWriter(tmp_path, lambda item: item.name, CLASSES, PALETTE, score_thr=0.3)
+
+    def frames(self, count, size=(97, 131), **changes):
+        for frame in range(count):
+            image = np.full((*size, 3), 250 if frame % 2 else 10, np.uint8)
+            last = frame == count - 1
+            yield detection('in/clip.mp4', frame=frame, fps=29.97, last=last, size=size, image=image, **changes)
+
+    def test_images(self, writer, tmp_path):
+        image_of = pytest.importorskip('PIL.Image')
+        for name in ('a/ü.jpg', 'a/b.PNG'):
+            writer.write(detection(name))
+        writer.write(detection('c.jpg', error='torn', image=None))
+        writer.close()
+        with image_of.open(tmp_path / 'a/ü.jpg') as jpeg, image_of.open(tmp_path / 'a/b.PNG') as png:
+            assert (jpeg.format, png.format, jpeg.size, png.size) == ('JPEG', 'PNG', (80, 60), (80, 60))
+            assert max(jpeg.quantization[0]) < 15  # of quality 95
+            expected = paint(detection(), CLASSES, PALETTE, 0.3)
+            np.testing.assert_array_equal(np.asarray(png)[..., ::-1], expected)
+        assert sorted(path.name for path in tmp_path.rglob('*')) == ['a', 'b.PNG', 'ü.jpg']
+
+    def test_videos(self, writer, tmp_path):
+        """Odd sides, a rate that is no whole number, colours that decode as they were, playable from the beginning."""
+        av = pytest.importorskip('av')
+        target = tmp_path / 'in/clip.mp4'
+        for prediction in self.frames(5):
+            assert not target.exists()
+            writer.write(prediction)
+        assert target.is_file()
+        with av.open(str(target)) as container:
+            stream = container.streams.video[0]
+            context = stream.codec_context
+            assert (context.name, context.pix_fmt, context.width, context.height) == ('h264', 'yuv420p', 132, 98)
+            assert float(stream.average_rate) == pytest.approx(29.97, abs=1e-3)
+            frames = [frame.to_ndarray(format='bgr24') for frame in container.decode(stream)]
+        assert len(frames) == 5
+        for decoded, prediction in zip(frames, self.frames(5), strict=True):
+            expected = paint(prediction, CLASSES, PALETTE, 0.3)
+            assert np.abs(decoded[:97, :131].astype(int) - expected).mean() < 6
+            np.testing.assert_allclose(decoded[80:96, 100:130], expected[80:96, 100:130], atol=4)
+            np.testing.assert_array_equal(decoded[:, 131].mean(), decoded[:, 130].mean())
+        content = target.read_bytes()
+        assert content.index(b'moov') < content.index(b'mdat')
+
+    def test_videos_that_end_early(self, writer, tmp_path):
+        """After an error the frames that there are stay; of a stopped run nothing does."""
+        av = pytest.importorskip('av')
+        for prediction in self.frames(3, size=(96, 130)):
+            prediction.last = False
+            prediction.fps = float('nan')
+            writer.write(prediction)
+        writer.write(detection('in/clip.mp4', frame=3, error='torn', image=None))
+        with av.open(str(tmp_path / 'in/clip.mp4')) as container:
+            assert container.streams.video[0].average_rate == 25
+            assert len(list(container.decode(video=0))) == 3
+        (tmp_path / 'in/clip.mp4').unlink()
+        writer.write(next(self.frames(3)))
+        writer.close()
+        writer.close()
+        writer.write(detection('none.mp4', frame=0, error='no frames', image=None))
+        assert [path.name for path in tmp_path.rglob('*')] == ['in']
+
+    def test_full_disk(self, writer, tmp_path, monkeypatch):
+        """The system says so when data are written to the disk, at the latest."""
+
+        def fill_up(descriptor):
+            raise OSError(errno.ENOSPC, 'No space left on device')
+
+        monkeypatch.setattr(os, 'fsync', fill_up)
+        for predictions in ([detection()], self.frames(2)):
+            with pytest.raises(ToolError, match=r'cannot be written: no space left'):
+                deque(map(writer.write, predictions))
+        assert not [path for path in tmp_path.rglob('*') if path.is_file()]
+
+
+class TestLabelMaps:
+    @pytest.mark.parametrize(('kind', 'ids'), [(np.uint8, [0, 1, 149, 255]), (np.uint16, [0, 255, 256, 65535])])
+    def test_pixels_are_ids(self, tmp_path, kind, ids):
+        image_of = pytest.importorskip('PIL.Image')
+        label_map = np.array(ids, kind).repeat(6).reshape(4, 6)
+        writer = LabelMapWriter(tmp_path, lambda item: f'{item.name}.png', PALETTE)
+        for frame in (None, 12):
+            item = Item('a', 'in/a', 0, 'a')
+            writer.write(Prediction(item, frame, size=(4, 6), task='segmentation', label_map=label_map))
+        writer.write(Prediction(item, error='torn'))
+        writer.close()
+        found = sorted(path for path in tmp_path.rglob('*') if path.is_file())
+        assert found == [tmp_path / 'in/a/000012.png', tmp_path / 'in/a.png']
+        for path in found:
+            with image_of.open(path) as image:
+                np.testing.assert_array_equal(np.asarray(image), label_map)
+                if kind == np.uint8:
+                    colours = np.asarray(image.convert('RGB'))
+                    np.testing.assert_array_equal(colours[:2, 0], PALETTE)
+                    assert (colours[3] == 255).all()
+
+    def test_mmseg_reads_them(self, tmp_path):
+        loading = pytest.importorskip('mmseg.datasets.transforms.loading')
+        label_map = np.arange(256, dtype=np.uint8).reshape(16, 16)
+        writer = LabelMapWriter(tmp_path, lambda item: 'a.png', PALETTE)
+        writer.write(Prediction(Item('a', 'a', 0, 'a'), size=(16, 16), task='segmentation', label_map=label_map))
+        loaded = loading.LoadAnnotations()(
+            dict(seg_map_path=str(tmp_path / 'a.png'), seg_fields=[], reduce_zero_label=False)
+        )
+        np.testing.assert_array_equal(loaded['gt_seg_map'], label_map)
+
+
+class TestTable:
+    NAMES = ('a, "b"\nc', 'ü', 'd', 'e', 'f', 'g')
+
+    def merge(self, folder, predictions, classes, task):
+        writer = TableWriter(folder / 'part', classes, 0.3)
+        for prediction in predictions:
+            writer.write(prediction)
+        writer.close()
+        parts = {folder / 'part': [prediction.item for prediction in predictions]}
+        counts = [merge_table(parts, task, folder / name) for name in ('t.csv', 't.jsonl')]
+        content = (folder / 't.csv').read_bytes()
+        assert content.count(b'\r\n') == counts[0] + 1  # RFC 4180
+        rows = list(csv.DictReader(io.StringIO(content.decode(), newline='')))
+        lines = [json.loads(line) for line in (folder / 't.jsonl').read_text().splitlines()]
+        assert counts == [len(rows), len(lines)]
+        return rows, lines
+
+    def test_classes(self, tmp_path):
+        scores = np.array([0.5, 0.1, 0.2, 0.05, 0.12, 0.03], np.float32)
+        predictions = [
+            Prediction(Item(name, name, index, name), frame, size=(4, 6), task='classification', scores=scores)
+            for index, name, frame in ((1, 'x/é.jpg', None), (0, 'clip.mp4', 1), (0, 'clip.mp4', 0))
+        ]
+        predictions.append(Prediction(Item('torn', 'torn', 2, 'torn'), error='torn'))
+        rows, lines = self.merge(tmp_path, predictions, self.NAMES, 'classification')
+        assert [(row['name'], row['frame']) for row in rows] == [('clip.mp4', '0'), ('clip.mp4', '1'), ('x/é.jpg', '')]
+        best = [0, 2, 4, 1, 3]
+        for place, label in enumerate(best, 1):
+            assert rows[2][f'class-{place}'] == self.NAMES[label]
+            assert float(rows[2][f'score-{place}']) == pytest.approx(scores[label], abs=1e-6)
+        assert lines[1]['frame'] == 1
+        assert [(entry['class'], entry['label']) for entry in lines[2]['classes']] == [
+            (self.NAMES[label], label) for label in best
+        ]
+
+    def test_boxes(self, tmp_path):
+        none = np.zeros(0, np.float32)
+        empty = detection('none.jpg', 1, boxes=none.reshape(0, 4), scores=none, labels=none, masks=None)
+        rows, lines = self.merge(tmp_path, [detection(), empty], self.NAMES, 'detection')
+        assert [row['class'] for row in rows] == ['ü', 'a, "b"\nc']
+        assert [rows[0][column] for column in ('x1', 'y1', 'x2', 'y2', 'label', 'score')] == [
+            *('10.25', '20.1', '30.7', '40.9', '1', '0.9')
+        ]
+        assert [(line['name'], len(line['boxes'])) for line in lines] == [('a.jpg', 2), ('none.jpg', 0)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -113,14 +113,13 @@ class CocoIds:
         return ids
 
 
-def merge_coco(parts: Sequence[Path], items: Sequence[Item], ids: CocoIds, target: Path) -> tuple[int, int]:
-    """Join the files of all processes into one COCO file, in the order of the listing and of frames.
+def merge_coco(parts: Mapping[Path, Sequence[Item]], ids: CocoIds, target: Path) -> tuple[int, int]:
+    """Join the files of all processes and runs into one COCO file, in the order of the listing and of frames.
 
     Memory holds a few numbers an image, and the annotations of one image at a time.
 
     Args:
-        parts: Files of :class:`CocoWriter`.
-        items: What was to be predicted.
+        parts: Files of :class:`CocoWriter`, each with the inputs whose lines in it count.
         ids: Of images and categories.
         target: The file to write.
 
@@ -130,7 +129,7 @@ def merge_coco(parts: Sequence[Path], items: Sequence[Item], ids: CocoIds, targe
     Raises:
         ToolError: The disk is full; ``target`` is as it was.
     """
-    lines = Parts(parts, items)
+    lines = Parts(parts)
     numbers = ids.of_images(lines.keys())
     with report_full_disk(target), atomic_file(target) as file:
 

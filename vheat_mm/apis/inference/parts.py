@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,21 +100,18 @@ class PartFile:
 
 
 class Parts:
-    """The lines of several processes, in the order of the listing and of frames.
-
-    Of an image that was predicted twice, because a run was stopped in between, the last line counts. Lines of inputs
-    that are not listed are left out.
+    """The lines of several processes and runs, in the order of the listing and of frames.
 
     Args:
-        paths: Files of :class:`PartFile`, in the order in which they were begun; missing ones are empty.
-        items: What was to be predicted.
+        parts: Files of :class:`PartFile`, each with the inputs whose lines in it count. Of two lines about one image,
+            the later one does; a missing file is empty.
     """
 
-    def __init__(self, paths: Sequence[Path], items: Sequence[Item]) -> None:
-        places = {item.name: item.index for item in items}
-        self._paths = [path for path in paths if path.is_file()]
+    def __init__(self, parts: Mapping[Path, Sequence[Item]]) -> None:
+        self._paths = [path for path in parts if path.is_file()]
         found: dict[tuple[int, int], tuple[int, int]] = {}  # place and frame: number of the file, offset in it
         for number, path in enumerate(self._paths):
+            places = {item.name: item.index for item in parts[path]}
             offset = 0
             with path.open('rb') as file:
                 for line in file:
