@@ -1,0 +1,1 @@
+"""Pictures of heat: what a trained vHeat has learnt, as figures."""
