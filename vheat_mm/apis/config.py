@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import inspect
 import os
@@ -15,6 +16,7 @@ from mmengine.registry import init_default_scope
 
 from vheat_mm.apis.cfg_options import CfgOptionsAction, check_keys
 from vheat_mm.checkpoint.released import RELEASES, find_released, locate
+from vheat_mm.engine.by_name import PREFIX, config_path
 from vheat_mm.utils.config_place import type_name
 from vheat_mm.utils.errors import ToolError, describe
 from vheat_mm.utils.torchvision import ensure_torchvision
@@ -51,46 +53,68 @@ def read_config(args: argparse.Namespace) -> Config:
     """Read the config, apply ``--cfg-options`` and ``--work-dir``, and set the default scope.
 
     Raises:
-        ToolError: The file does not exist, it or a base file has errors, unknown task, library not installed.
+        ToolError: See :func:`open_config`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    path = Path(args.config)
-    if not path.is_file():
-        raise ToolError(f'there is no config {args.config!r} (working directory {Path.cwd()})')
+    cfg = open_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
+    return cfg
+
+
+def open_config(config: str | os.PathLike | Config, options: dict[str, Any] | None = None) -> Config:
+    """A config with ``options`` applied (those of ``--cfg-options``); sets its default scope in this process.
+
+    Args:
+        config: Path, name such as ``'vheat_mm::detection/mask-rcnn_vheat-t_fpn_1x_coco.py'``, or a config, which is
+            copied.
+        options: Values by their places, such as ``{'model.backbone.drop_path_rate': 0.2}``.
+
+    Raises:
+        ToolError: The file does not exist, it or a base file has errors, unknown task, library not installed.
+    """
     ensure_torchvision()  # mmdet and mmpretrain import it; custom_imports may import them
-    try:
-        cfg = Config.fromfile(path)
-    except Exception as error:
-        raise ToolError(f'cannot read the config {args.config!r}: {describe(error)}') from error
+    if isinstance(config, Config):
+        name, cfg = config.filename or 'the config', copy.deepcopy(config)
+    else:
+        name, cfg = os.fspath(config), _read(os.fspath(config))
     if not cfg._imported_names:  # a config of texts: MMEngine could not write its classes into the work dir
         for key, value in list(cfg.items()):
             if inspect.isclass(value):
                 cfg.pop(key)  # an import
             else:
                 cfg[key] = _name_classes(value)
-    if args.cfg_options:
-        check_keys(cfg, args.cfg_options)
+    if options:
+        check_keys(cfg, options)
         try:
-            cfg.merge_from_dict(args.cfg_options)
+            cfg.merge_from_dict(options)
         except Exception as error:
-            raise ToolError(f'--cfg-options do not fit {args.config!r}: {describe(error)}') from error
-    cfg.launcher = args.launcher
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / path.stem)
+            raise ToolError(f'--cfg-options do not fit {name!r}: {describe(error)}') from error
 
     scope = cfg.get('default_scope')
     if scope is None:  # configs in pure Python name classes instead of a scope
         scope = cfg.default_scope = next((name for name in SCOPES if name == _package_of(cfg.get('model'))), None)
     if scope not in SCOPES:
         raise ToolError(
-            f'{args.config!r} has default_scope={scope!r}, expected one of {sorted(SCOPES)}; inherit a base config of '
+            f'{name!r} has default_scope={scope!r}, expected one of {sorted(SCOPES)}; inherit a base config of '
             "the task, such as mmdet::_base_/default_runtime.py, or set default_scope='mmdet'"
         )
     if 'model' not in cfg:
-        raise ToolError(f'{args.config!r} defines no model')
+        raise ToolError(f'{name!r} defines no model')
     if importlib.util.find_spec(scope) is None:
-        raise ToolError(f'{args.config!r} needs {scope}, which is not installed: pip install {SCOPES[scope]}')
+        raise ToolError(f'{name!r} needs {scope}, which is not installed: pip install {SCOPES[scope]}')
     init_default_scope(scope)
     return cfg
+
+
+def _read(name: str) -> Config:
+    path = Path(config_path(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else name)
+    if not path.is_file():
+        raise ToolError(f'there is no config {name!r} (working directory {Path.cwd()})')
+    try:
+        return Config.fromfile(path)
+    except Exception as error:
+        raise ToolError(f'cannot read the config {name!r}: {describe(error)}') from error
 
 
 def _name_classes(node: Any) -> Any:
@@ -156,13 +180,22 @@ def apply_amp(cfg: Config) -> None:
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise ToolError(f'--amp replaces OptimWrapper only, and optim_wrapper.type is {kind!r}: drop --amp')
     if get_device() == 'cpu':
-        if cfg.default_scope == 'mmdet':
-            raise ToolError("--amp on the CPU: mmcv's operators do not support bfloat16 there; drop --amp")
+        check_cpu_amp(cfg)
         wrapper.type = 'CPUAmpOptimWrapper'
         wrapper.pop('loss_scale', None)
         return
     wrapper.type = 'AmpOptimWrapper'
     wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def check_cpu_amp(cfg: Config) -> None:
+    """Refuse ``--amp`` on the CPU where the task's models cannot run with it there.
+
+    Raises:
+        ToolError: Detection.
+    """
+    if cfg.default_scope == 'mmdet':
+        raise ToolError("--amp on the CPU: mmcv's operators do not support bfloat16 there; drop --amp")
 
 
 def apply_auto_scale_lr(cfg: Config, path: str) -> None:

@@ -28,7 +28,7 @@ from vheat_mm.utils.config_place import did_you_mean
 from vheat_mm.utils.errors import CheckpointError
 from vheat_mm.utils.when_imported import when_imported
 
-_PREFIX = 'vheat_mm::'
+PREFIX = 'vheat_mm::'  # of names of our configs
 _PACKAGE = Path(__file__).parents[1]
 _FOLDERS = dict(mmpretrain='classification', mmdet='detection', mmseg='segmentation')  # library -> folder of configs/
 
@@ -80,8 +80,8 @@ _get_models, _load_model = BaseInferencer._get_models_from_metafile, BaseInferen
 
 def _find_base(cfg_path: str, filename: str) -> tuple[str, str | None]:
     """MMEngine marks what comes from ``mmdet::`` for mmdet's registry. Our configs are for that of their library."""
-    if cfg_path.startswith(_PREFIX):
-        return config_path(cfg_path.removeprefix(_PREFIX)), None
+    if cfg_path.startswith(PREFIX):
+        return config_path(cfg_path.removeprefix(PREFIX)), None
     try:
         return _get_cfg_path(cfg_path, filename)
     except ModuleNotFoundError as error:
@@ -93,9 +93,9 @@ def _find_base(cfg_path: str, filename: str) -> tuple[str, str | None]:
 
 @functools.wraps(_get_config)
 def _get_config_or_ours(cfg_path: str, pretrained: bool = False) -> Config:
-    if not cfg_path.startswith(_PREFIX):
+    if not cfg_path.startswith(PREFIX):
         return _get_config(cfg_path, pretrained)
-    path = config_path(cfg_path.removeprefix(_PREFIX))
+    path = config_path(cfg_path.removeprefix(PREFIX))
     cfg = Config.fromfile(path)
     if pretrained:
         release = find_released(Path(path).stem)

@@ -111,14 +111,15 @@ def _work(
         if set_up is not None:
             set_up()
         for job in jobs:
-            _set_timer(timeout)  # its signal kills the process, also inside of a decoder
+            set_timer(timeout)  # its signal kills the process, also inside of a decoder
             result = function(job)
-            _set_timer(0)
+            set_timer(0)
             connection.send(result)
     except Exception as error:
         connection.send(error)
 
 
-def _set_timer(seconds: float) -> None:
-    if hasattr(signal, 'setitimer'):  # not on Windows
+def set_timer(seconds: float) -> None:
+    """End this process after so many seconds by a signal, also inside of a decoder; 0 for not (not on Windows)."""
+    if hasattr(signal, 'setitimer'):
         signal.setitimer(signal.ITIMER_REAL, seconds)
