@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from vheat_mm.apis.inference.class_table import TableWriter, merge_table
 from vheat_mm.apis.inference.coco import CocoIds, CocoWriter, merge_coco, to_coco
@@ -18,6 +19,7 @@ from vheat_mm.apis.inference.painting import PaintedWriter, _Look, displayable, 
 from vheat_mm.apis.inference.parts import Key, PartFile, Parts
 from vheat_mm.apis.inference.types import Item, Prediction
 from vheat_mm.utils.errors import ToolError
+from vheat_mm.utils.torchvision import ensure_torchvision
 
 CLASSES = ('coin', 'nut')
 PALETTE = [(220, 20, 60), (0, 80, 200)]
@@ -105,6 +107,52 @@ class TestCoco:
         assert [annotation['area'] for annotation in annotations][1:] == [900.0, 16.0]
         assert 'segmentation' not in annotations[0]
 
+    def test_average_precision_is_that_of_mmdet(self, tmp_path):
+        ensure_torchvision()
+        metrics = pytest.importorskip('mmdet.evaluation.metrics')
+        cocoeval = pytest.importorskip('pycocotools.cocoeval')
+        rng = np.random.default_rng(0)
+        truth = dict(images=[], annotations=[], categories=[dict(id=8, name='coin'), dict(id=3, name='nut')])
+        metric, predictions = None, []
+        for index in range(4):
+            truth['images'].append(dict(id=20 + index, file_name=f'{index}.jpg', width=80, height=60))
+            prediction = detection(f'{index}.jpg', index)
+            for label, box, mask in zip(prediction.labels, prediction.boxes, prediction.masks, strict=True):
+                x1, y1, x2, y2 = box.tolist()
+                segmentation = dict(mask, counts=mask['counts'].decode())
+                entry = dict(bbox=[x1, y1, x2 - x1, y2 - y1], area=400.0, iscrowd=0, segmentation=segmentation)
+                entry.update(id=len(truth['annotations']) + 1, image_id=20 + index, category_id=(8, 3)[label])
+                truth['annotations'].append(entry)
+            prediction.boxes = prediction.boxes + rng.uniform(-3, 3, (3, 4)).astype(np.float32)
+            prediction.scores = rng.uniform(0, 1, 3).astype(np.float32)
+            prediction.masks = [prediction.masks[0], prediction.masks[2], prediction.masks[2]]
+            predictions.append(prediction)
+        file = tmp_path / 'truth.json'
+        file.write_text(json.dumps(truth))
+        metric = metrics.CocoMetric(ann_file=str(file), metric=['bbox', 'segm'])
+        metric.dataset_meta = dict(classes=CLASSES)
+        for index, prediction in enumerate(predictions):
+            found = dict(bboxes=prediction.boxes, scores=prediction.scores, labels=prediction.labels)
+            found = {name: torch.from_numpy(value) for name, value in found.items()}
+            found['masks'] = [dict(mask) for mask in prediction.masks]
+            metric.process({}, [dict(img_id=20 + index, ori_shape=(60, 80), pred_instances=found)])
+        expected = metric.evaluate(size=4)
+
+        target, _ = self.write(tmp_path, predictions, CocoIds(CLASSES, file), score_thr=0.0)
+        annotations = json.loads(target.read_text())['annotations']
+        for kind in ('bbox', 'segm'):
+            # Of masks CocoMetric leaves out boxes: pycocotools would take areas from them.
+            rows = [{name: entry[name] for name in entry if kind == 'bbox' or name != 'bbox'} for entry in annotations]
+            coco = load_coco(file)
+            evaluation = cocoeval.COCOeval(coco, coco.loadRes(rows), kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            names = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
+            assert 0.05 < evaluation.stats[0] < 0.95
+            # CocoMetric rounds to three places.
+            assert [expected[f'coco/{kind}_{name}'] for name in names] == np.round(evaluation.stats[:6], 3).tolist()
+
     def test_ids_of_a_file(self, tmp_path, caplog):
         file = tmp_path / 'val.json'
         images = [dict(id=7, file_name='a.jpg'), dict(id=9, file_name='in/b.jpg'), dict(id=4, file_name='c/d.jpg')]
@@ -126,6 +174,7 @@ class TestCoco:
         assert {annotation['category_id'] for annotation in coco.dataset['annotations']} == {2, 5}
         with pytest.raises(ToolError, match=r"val.json has no category 'date'; it has 'nut', 'other', 'coin'"):
             CocoIds(['nut', 'date'], file)
+        assert CocoIds(['nut', 'date'], file, chosen=['nut']).categories == [dict(id=5, name='nut')]
         file.write_text('[1]')
         with pytest.raises(ToolError, match=r'val.json lists no images and categories'):
             CocoIds(CLASSES, file)

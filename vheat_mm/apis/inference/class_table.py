@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vheat_mm.apis.inference.coco import boxes_over
+from vheat_mm.apis.inference.coco import kept_boxes
 from vheat_mm.apis.inference.parts import Key, PartFile, Parts, report_full_disk
 from vheat_mm.apis.inference.types import Item, Prediction
 from vheat_mm.utils.files import atomic_file
@@ -34,7 +34,7 @@ class TableWriter:
     Args:
         part: The file of this process.
         classes: The model's.
-        score_thr: Boxes with this score or a lower one are left out; all classes of a classifier count.
+        score_thr: Boxes with lower scores are left out; all classes of a classifier count.
     """
 
     def __init__(self, part: Path, classes: Sequence[str], score_thr: float = 0.0) -> None:
@@ -63,7 +63,7 @@ def table_entries(prediction: Prediction, classes: Sequence[str], score_thr: flo
     Args:
         prediction: Of a classifier or detector.
         classes: The model's.
-        score_thr: Boxes with this score or a lower one are left out.
+        score_thr: Boxes with lower scores are left out.
 
     Yields:
         ``class``, ``label`` (its number from 0), ``score`` to six places and, of a box, its corners ``x1, y1, x2, y2``
@@ -74,7 +74,7 @@ def table_entries(prediction: Prediction, classes: Sequence[str], score_thr: flo
         for label in np.argsort(-prediction.scores, kind='stable')[:TOP].tolist():
             yield {'class': classes[label], 'label': label, 'score': round(float(prediction.scores[label]), 6)}
         return
-    found = boxes_over(prediction, score_thr)
+    found = kept_boxes(prediction, score_thr)
     for corners, score, label in zip(found.corners.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True):
         box = dict(zip(('x1', 'y1', 'x2', 'y2'), (round(value, 2) for value in corners), strict=True))
         yield {'class': classes[label], 'label': label, 'score': round(score, 6), **box}

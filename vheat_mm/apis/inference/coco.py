@@ -28,7 +28,7 @@ class CocoWriter:
 
     Args:
         part: The file of this process.
-        score_thr: Boxes with this score or a lower one are left out.
+        score_thr: Boxes with lower scores are left out.
     """
 
     def __init__(self, part: Path, score_thr: float = 0.0) -> None:
@@ -56,19 +56,29 @@ class CocoIds:
         classes: The model's.
         ann_file: A COCO file. Images are found in it by their names; else by the last parts of their names, where only
             one image of the file and only one input have these. Others get ids above the file's largest, which is said.
+        chosen: The classes that are predicted; all by default. The others may be missing in the file.
+
+    Attributes:
+        categories: The entries of the classes.
+        of_labels: The ids of the classes, by their numbers.
 
     Raises:
         ToolError: The file is none of COCO's, or lacks a class.
     """
 
-    def __init__(self, classes: Sequence[str], ann_file: str | Path | None = None) -> None:
-        self.categories = [dict(id=number, name=name) for number, name in enumerate(classes, 1)]
+    def __init__(
+        self, classes: Sequence[str], ann_file: str | Path | None = None, chosen: Sequence[str] | None = None
+    ) -> None:
         self._ann_file = ann_file
         self._exact: dict[str, int] = {}
+        known = {name: number for number, name in enumerate(classes, 1)}
         if ann_file is not None:
-            self._read(Path(ann_file), classes)
+            known = self._read(Path(ann_file), classes if chosen is None else chosen)
+        self.of_labels = {label: known[name] for label, name in enumerate(classes) if name in known}
+        self.categories = [dict(id=number, name=classes[label]) for label, number in self.of_labels.items()]
 
-    def _read(self, path: Path, classes: Sequence[str]) -> None:
+    def _read(self, path: Path, needed: Sequence[str]) -> dict[str, int]:
+        """Take the ids of images, and return those of categories by name."""
         try:
             content = json.loads(path.read_bytes())
             ids = {str(entry['name']): int(entry['id']) for entry in content['categories']}
@@ -76,13 +86,12 @@ class CocoIds:
         except (ValueError, KeyError, TypeError) as error:
             reason = f'no {error}' if isinstance(error, KeyError) else first_line(error)
             raise ToolError(f'--ann-file {path} lists no images and categories in COCO format: {reason}') from error
-        if unknown := [name for name in classes if name not in ids]:
+        if unknown := [name for name in needed if name not in ids]:
             raise ToolError(
                 f'--ann-file {path} has no category {some_of(map(repr, unknown))}; it has {some_of(map(repr, ids))}. '
-                "Name the model's classes as in the file, or leave --ann-file out"
+                'Choose among the classes with --classes, or leave --ann-file out'
             )
-        for category in self.categories:
-            category['id'] = ids[str(category['name'])]
+        return ids
 
     def of_images(self, keys: Iterable[Key]) -> list[int]:
         """Ids of images and frames, in their order."""
@@ -144,7 +153,7 @@ def merge_coco(parts: Mapping[Path, Sequence[Item]], ids: CocoIds, target: Path)
         file.write(f'{{"info": {json.dumps(_info())},\n'.encode('ascii'))
         write_list('categories', ids.categories, ',')
         write_list('images', _images(lines, numbers), ',')
-        count = write_list('annotations', _annotations(lines, numbers, ids.categories), '}')
+        count = write_list('annotations', _annotations(lines, numbers, ids.of_labels), '}')
     return len(numbers), count
 
 
@@ -159,7 +168,7 @@ def to_coco(
     Args:
         predictions: Of a detector; those with an error are left out.
         classes: The model's.
-        score_thr: Boxes with this score or a lower one are left out.
+        score_thr: Boxes with lower scores are left out.
         ann_file: A COCO file to take the ids of images and categories from, see :class:`CocoIds`.
 
     Raises:
@@ -174,7 +183,7 @@ def to_coco(
         info=_info(),
         categories=ids.categories,
         images=list(_images(lines, numbers)),
-        annotations=list(_annotations(lines, numbers, ids.categories)),
+        annotations=list(_annotations(lines, numbers, ids.of_labels)),
     )
 
 
@@ -187,8 +196,8 @@ class Boxes(NamedTuple):
     masks: list[dict[str, Any]] | None
 
 
-def boxes_over(prediction: Prediction, score_thr: float) -> Boxes:
-    """The boxes of a prediction with scores over a threshold, highest score first.
+def kept_boxes(prediction: Prediction, score_thr: float) -> Boxes:
+    """The boxes of a prediction with scores from a threshold up, highest score first.
 
     Raises:
         ValueError: It is no detector's.
@@ -196,7 +205,7 @@ def boxes_over(prediction: Prediction, score_thr: float) -> Boxes:
     if prediction.boxes is None or prediction.scores is None or prediction.labels is None:
         raise ValueError(f'{prediction.item.source}: a prediction of {prediction.task} has no boxes')
     order = np.argsort(-prediction.scores, kind='stable')
-    order = order[prediction.scores[order] > score_thr]
+    order = order[prediction.scores[order] >= score_thr]
     masks = None if prediction.masks is None else [prediction.masks[index] for index in order]
     return Boxes(prediction.boxes[order], prediction.scores[order], prediction.labels[order], masks)
 
@@ -209,7 +218,7 @@ def _results(prediction: Prediction, score_thr: float) -> dict[str, Any]:
     """What a line holds of an image."""
     from pycocotools import mask as rle
 
-    found = boxes_over(prediction, score_thr)
+    found = kept_boxes(prediction, score_thr)
     boxes = []
     for index, (corners, score, label) in enumerate(zip(found.corners, found.scores, found.labels, strict=True)):
         # In the precision of Python, as in CocoMetric: differences of float32 would be rounded.
@@ -242,12 +251,12 @@ def _images(lines: Iterable[tuple[Key, Any]], numbers: Sequence[int]) -> Iterato
 
 
 def _annotations(
-    lines: Iterable[tuple[Key, Any]], numbers: Sequence[int], categories: Sequence[dict[str, Any]]
+    lines: Iterable[tuple[Key, Any]], numbers: Sequence[int], categories: Mapping[int, int]
 ) -> Iterator[dict[str, Any]]:
     count = itertools.count(1)
     for (_, results), number in zip(lines, numbers, strict=True):
         for box in results['boxes']:
-            category = categories[box.pop('label')]['id']
+            category = categories[box.pop('label')]
             yield dict(id=next(count), image_id=number, category_id=category, iscrowd=0, **box)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from mmengine.logging import print_log
 
-from vheat_mm.apis.inference.coco import boxes_over
+from vheat_mm.apis.inference.coco import kept_boxes
 from vheat_mm.apis.inference.parts import report_full_disk
 from vheat_mm.apis.inference.types import Item, Prediction
 from vheat_mm.apis.inference.video import VideoWriter
@@ -46,7 +46,7 @@ def paint(
             of more than 8 bits are stretched from their 1st to their 99th percentile.
         classes: The model's.
         palette: Red, green and blue of each class, 0 to 255; supervision's own by number for a class without one.
-        score_thr: Boxes with this score or a lower one are not painted; all are by default.
+        score_thr: Boxes with lower scores are not painted; all are by default.
         opacity: Of masks, from 0 to 1.
 
     Returns:
@@ -146,7 +146,7 @@ def _paint_boxes(
     from pycocotools import mask as rle
     from supervision.detection.compact_mask import CompactMask
 
-    found = boxes_over(prediction, score_thr)
+    found = kept_boxes(prediction, score_thr)
     if not len(found.scores):
         return image
     # The best last, so that it is on top.
@@ -266,7 +266,7 @@ class PaintedWriter:
         name_of: The name in ``folder`` of an input's result; its ending says the format, MP4 for videos.
         classes: The model's.
         palette: Red, green and blue of each class.
-        score_thr: Boxes with this score or a lower one are not painted.
+        score_thr: Boxes with lower scores are not painted.
         opacity: Of masks, from 0 to 1.
     """
 
