@@ -386,9 +386,9 @@ class TestLabelMaps:
     def test_pixels_are_ids(self, tmp_path, kind, ids):
         image_of = pytest.importorskip('PIL.Image')
         label_map = np.array(ids, kind).repeat(6).reshape(4, 6)
-        writer = LabelMapWriter(tmp_path, lambda item: f'{item.name}.png', PALETTE)
+        writer = LabelMapWriter(tmp_path, lambda item: item.name + '.png' * (not item.is_video), PALETTE)
         for frame in (None, 12):
-            item = Item('a', 'in/a', 0, 'a')
+            item = Item('a', 'in/a', 0, 'a', is_video=frame is not None)
             writer.write(Prediction(item, frame, size=(4, 6), task='segmentation', label_map=label_map))
         writer.write(Prediction(item, error='torn'))
         writer.close()
@@ -431,7 +431,7 @@ class TestTable:
         return rows, lines
 
     def test_classes(self, tmp_path):
-        scores = np.array([0.5, 0.1, 0.2, 0.05, 0.12, 0.03], np.float32)
+        scores = np.array([0.5, 0.1, 0.2, 0, 0.12, 0], np.float32)
         predictions = [
             Prediction(Item(name, name, index, name), frame, size=(4, 6), task='classification', scores=scores)
             for index, name, frame in ((1, 'x/é.jpg', None), (0, 'clip.mp4', 1), (0, 'clip.mp4', 0))
@@ -439,10 +439,11 @@ class TestTable:
         predictions.append(Prediction(Item('torn', 'torn', 2, 'torn'), error='torn'))
         rows, lines = self.merge(tmp_path, predictions, self.NAMES, 'classification')
         assert [(row['name'], row['frame']) for row in rows] == [('clip.mp4', '0'), ('clip.mp4', '1'), ('x/é.jpg', '')]
-        best = [0, 2, 4, 1, 3]
+        best = [0, 2, 4, 1]
         for place, label in enumerate(best, 1):
             assert rows[2][f'class-{place}'] == self.NAMES[label]
             assert float(rows[2][f'score-{place}']) == pytest.approx(scores[label], abs=1e-6)
+        assert rows[2]['class-5'] == ''  # those of probability 0 were not asked for
         assert lines[1]['frame'] == 1
         assert [(entry['class'], entry['label']) for entry in lines[2]['classes']] == [
             (self.NAMES[label], label) for label in best

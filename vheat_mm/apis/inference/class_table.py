@@ -57,6 +57,11 @@ class TableWriter:
         self._part.close()
 
 
+def best_classes(scores: np.ndarray) -> list[int]:
+    """Numbers of the five most probable classes, without those of probability 0, which were not chosen."""
+    return [label for label in np.argsort(-scores, kind='stable')[:TOP].tolist() if scores[label] > 0]
+
+
 def table_entries(prediction: Prediction, classes: Sequence[str], score_thr: float = 0.0) -> Iterator[dict[str, Any]]:
     """The classes of a prediction, best first.
 
@@ -71,7 +76,7 @@ def table_entries(prediction: Prediction, classes: Sequence[str], score_thr: flo
     """
     if prediction.boxes is None:
         assert prediction.scores is not None
-        for label in np.argsort(-prediction.scores, kind='stable')[:TOP].tolist():
+        for label in best_classes(prediction.scores):
             yield {'class': classes[label], 'label': label, 'score': round(float(prediction.scores[label]), 6)}
         return
     found = kept_boxes(prediction, score_thr)

@@ -21,8 +21,8 @@ class LabelMapWriter:
     1 to compare. Pillow and mmseg read ids from a file with a palette; OpenCV reads the colours.
 
     Args:
-        folder: Where label maps are mirrored; the frames of a video are in a folder with the video's name.
-        name_of: The name in ``folder`` of an image's label map.
+        folder: Where label maps are mirrored.
+        name_of: The name in ``folder`` of an image's label map, and of the folder of a video's frames.
         palette: Red, green and blue of each class.
     """
 
@@ -41,8 +41,9 @@ class LabelMapWriter:
 
         if prediction.label_map is None:
             return
-        item, frame = prediction.item, prediction.frame
-        target = self._folder / (self._name_of(item) if frame is None else f'{item.name}/{frame:06d}.png')
+        target = self._folder / self._name_of(prediction.item)
+        if prediction.frame is not None:
+            target = target / f'{prediction.frame:06d}.png'
         image = Image.fromarray(np.ascontiguousarray(prediction.label_map))
         if prediction.label_map.dtype == np.uint8:
             image.putpalette(self._palette)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from mmengine.logging import print_log
 
+from vheat_mm.apis.inference.class_table import best_classes
 from vheat_mm.apis.inference.coco import kept_boxes
 from vheat_mm.apis.inference.parts import report_full_disk
 from vheat_mm.apis.inference.types import Item, Prediction
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from PIL import ImageFont
 
 RGB = tuple[int, int, int]
-_TOP = 5  # classes of a classification that are shown
 _SMALLEST_TEXT, _TEXT_SHARE = 10, 0.026  # height in pixels; share of the image's shorter side
 _LINES = 400  # how many widths of a box's lines the shorter side is
 _READABLE = 160  # pixels of the shorter side, for a list of classes
@@ -211,7 +211,7 @@ def _paint_label_map(image: np.ndarray, label_map: np.ndarray, look: _Look, opac
 
 def _paint_classes(image: np.ndarray, prediction: Prediction, look: _Look) -> np.ndarray:
     assert prediction.scores is not None
-    best = np.argsort(-prediction.scores, kind='stable')[:_TOP]
+    best = best_classes(prediction.scores)
     rows = [
         _Row(f'{score:.2f} {look.name(int(label))}', look.colour(int(label)), float(score))
         for label, score in zip(best, prediction.scores[best], strict=True)
