@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from trained_models import CLASSIFIER, DETECTOR, SEGMENTOR, write
+from trained_models import CLASSES, CLASSIFIER, DETECTOR, SEGMENTOR, write
 
-from vheat_mm.apis.inference import Item, Predictor, Sample
+from vheat_mm.apis.inference import Item, Prediction, Predictor, Sample
+from vheat_mm.apis.inference.predictor import encode_masks
+from vheat_mm.apis.inference.read_ahead import WorkerDied, read_ahead
+from vheat_mm.apis.inference.slicing import merge_detections, merge_label_maps, tiles_of
+from vheat_mm.utils.errors import CheckpointError, ToolError
 from vheat_mm.utils.torchvision import ensure_torchvision
 
 ensure_torchvision()
@@ -119,3 +129,266 @@ def test_classifier(models, images):
     predictor = Predictor(config, checkpoint, device='cpu', batch_size=2)
     for prediction in predictor.predict_items(images):
         np.testing.assert_allclose(prediction.scores, oracle(prediction.item.path)[0]['pred_scores'], atol=1e-6)
+
+
+def test_arrays_and_frames_give_what_files_give(models, images, monkeypatch):
+    """They enter the pipeline behind its first step; a video's frames keep their numbers."""
+    files = models('detector')
+    predictor = Predictor(*files, device='cpu', score_thr=0.0, keep_image=False)
+    arrays = [cv2.imread(item.path) for item in images]
+    clip = Item('clip.mp4', 'clip.mp4', 0, 'clip.mp4', is_video=True)
+
+    def read_clip(item, max_pixels=None):
+        for number, array in enumerate(arrays):
+            yield Sample(item, array, number, last=number == 3, fps=25.0)
+
+    monkeypatch.setattr('vheat_mm.apis.inference.predictor.read', read_clip)
+    frames = list(predictor.predict_items([clip]))
+    assert [(frame.frame, frame.last, frame.fps) for frame in frames] == [(n, n == 3, 25.0) for n in range(4)]
+    monkeypatch.setattr('vheat_mm.apis.inference.predictor.read', read_plainly)
+    for of_file, of_array, of_frame in zip(predictor.predict_items(images), predictor(arrays), frames, strict=True):
+        assert of_array.image is None
+        assert len(of_file.boxes) > 5
+        assert (of_file.boxes == of_array.boxes).all()
+        assert (of_file.boxes == of_frame.boxes).all()
+    grey, wrong = predictor([arrays[0][..., 0], arrays[0][..., :2]])
+    assert grey.error is None
+    assert wrong.error == 'an image of 2 bands, and the model takes 3'
+
+
+def test_a_broken_input_is_one_error(models, images, tmp_path):
+    """In its place, with the others of its batch as they are without it."""
+    text, hostile = tmp_path / 'text.jpg', tmp_path / 'hostile.png'
+    text.write_text('no image')
+    hostile.write_bytes(Path(images[0].path).read_bytes())
+    items = [images[0], Item(str(text), 'text.jpg', 1, ''), Item(str(hostile), 'hostile.png', 2, ''), images[1]]
+    items.append(Item(str(tmp_path / 'none.png'), 'none.png', 4, ''))
+    predictor = Predictor(*models('detector'), device='cpu', batch_size=4, score_thr=0.0)
+    expected = [next(predictor.predict_items([item])) for item in images[:2]]
+    network = predictor.model.test_step
+
+    def fail_for_hostile(data):
+        if any('hostile' in sample.img_path for sample in data['data_samples']):
+            raise torch.cuda.OutOfMemoryError('CUDA out of memory')
+        return network(data)
+
+    predictor.model.test_step = fail_for_hostile
+    first, broken, failing, last, missing = predictor.predict_items(items)
+    for found, wanted in zip((first, last), expected, strict=True):
+        np.testing.assert_allclose(found.boxes, wanted.boxes, atol=1e-3)
+    assert broken.error
+    assert '\n' not in broken.error
+    assert (broken.image, broken.boxes, broken.size) == (None, None, (0, 0))
+    assert failing.error.startswith('out of memory at 64 x 48 pixels: use a smaller --batch-size')
+    assert 'none.png' in missing.error
+
+
+def count_until_crash(job: int):
+    """Results of a job; 3 crashes as a decoder may, in the middle, and 5 hangs."""
+    yield job, np.zeros(300_000)
+    if job == 3:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if job == 5:
+        time.sleep(60)
+    yield job, torch.full((2,), job)
+
+
+@pytest.mark.parametrize('ahead', [1, 8])
+def test_a_crash_costs_one_input(ahead):
+    results = list(read_ahead(count_until_crash, range(8), ahead, timeout=2))
+    assert [job for job, _ in results] == [job for job in range(8) for _ in range(2)]
+    died = {job: result.reason for job, result in results if isinstance(result, WorkerDied)}
+    assert died.keys() == {3, 5}
+    assert 'SIGSEGV' in died[3]
+    assert 'more than 2 seconds' in died[5]
+    assert all(result[1].sum() == 2 * job for job, result in results[1::2] if job not in died)
+    assert multiprocessing.active_children() == []
+
+
+def test_the_process_ends_with_its_consumer():
+    results = read_ahead(count_until_crash, range(100), 2)
+    next(results)
+    assert len(multiprocessing.active_children()) == 1
+    results.close()
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='reads memory from /proc')
+def test_memory_is_flat(models, images):
+    predictor = Predictor(*models('classifier'), device='cpu', batch_size=2)
+    pages = []
+    for prediction in predictor.predict_items(images[:2] * 150):
+        assert prediction.error is None
+        pages.append(int(Path('/proc/self/statm').read_text().split()[1]))
+    assert len(pages) == 300
+    assert (max(pages[250:]) - max(pages[:50])) * os.sysconf('SC_PAGE_SIZE') < 4 * 2**20
+
+
+def test_tiles_cover_an_image_once():
+    """Inner parts are a partition, and tiles overlap as they should."""
+    for height, width, size, overlap in ((100, 130, 64, 0.2), (64, 65, 64, 0.5), (300, 20, 32, 0.0)):
+        seen, tiles = np.zeros((height, width), int), list(tiles_of(height, width, size, overlap))
+        for rows, columns, _ in tiles:
+            seen[rows.first : rows.end, columns.first : columns.end] += 1
+            for span, length in ((rows, height), (columns, width)):
+                assert span.stop - span.start == min(size, length)
+                assert span.start <= span.first < span.end <= span.stop
+        assert (seen == 1).all()
+        assert [tile.is_last for tile in tiles] == [False] * (len(tiles) - 1) + [True]
+        for one, other in itertools.pairwise(sorted({tile.columns for tile in tiles})):
+            assert one.stop - other.start >= int(size * overlap)
+
+
+@pytest.mark.parametrize('with_masks', [True, False])
+def test_an_object_in_an_overlap_counts_once(with_masks):
+    """Discs smaller than the overlap, cut by tiles, and the parts with higher scores than the whole."""
+    pytest.importorskip('supervision')
+    y, x = np.mgrid[:200, :260]
+    discs = [
+        ((x - column) ** 2 + (y - row) ** 2 <= 7.5**2)
+        for row, column in itertools.product(range(10, 195, 18), range(9, 255, 18))
+    ]
+    pieces = []
+    for tile in tiles_of(200, 260, 64, 0.35):
+        boxes, scores, masks = [], [], []
+        for number, disc in enumerate(discs):
+            part = disc[tile.rows.start : tile.rows.stop, tile.columns.start : tile.columns.stop]
+            if part.any():
+                rows, columns = np.nonzero(part)
+                boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+                scores.append(0.5 + number / 1000 if part.sum() == disc.sum() else 0.99)
+                masks.append(part)
+        found = dict(boxes=np.array(boxes, np.float32), scores=np.array(scores, np.float32))
+        found['labels'] = np.zeros(len(boxes), np.int64)
+        pieces.append((tile, dict(found, masks=encode_masks(np.array(masks)) if with_masks else None)))
+    assert sum(len(piece['boxes']) for _, piece in pieces) > 1.5 * len(discs)
+    merged = merge_detections(pieces, (200, 260))
+    assert len(merged['boxes']) == len(discs)
+    np.testing.assert_allclose(merged['scores'], 0.5 + np.arange(len(discs))[::-1] / 1000)
+    for number, box in zip(range(len(discs))[::-1], merged['boxes'], strict=True):
+        rows, columns = np.nonzero(discs[number])
+        assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    if with_masks:
+        assert (masks_of(Prediction(None, masks=merged['masks'])) == np.array(discs)[::-1]).all()
+
+
+def test_label_maps_of_tiles_are_joined():
+    whole = RNG.integers(0, 200, (100, 130), dtype=np.uint8)
+    pieces = []
+    for tile in tiles_of(100, 130, 64, 0.2):
+        part = whole[tile.rows.start : tile.rows.stop, tile.columns.start : tile.columns.stop].copy()
+        part[:, : 5 * (tile.columns.start > 0)] = 255  # what lies at the side of a tile is not taken
+        pieces.append((tile, dict(label_map=part)))
+    assert (merge_label_maps(pieces, (100, 130))['label_map'] == whole).all()
+
+
+@pytest.mark.parametrize('name', ['detector', 'segmentor'])
+def test_slicing(models, images, name):
+    """An image of one tile gives what it gives unsliced, one of several tiles a result in its own pixels."""
+    pytest.importorskip('supervision')
+    options = dict(device='cpu', batch_size=3) | (dict(score_thr=0.0) if name == 'detector' else {})
+    plain = Predictor(*models(name), **options)
+    sliced = Predictor(*models(name), slice_size=64, **options)
+    for one, other in zip(plain.predict_items(images), sliced.predict_items(images), strict=True):
+        if name == 'detector':
+            assert (one.boxes == other.boxes).all()
+            assert one.masks == other.masks
+        else:
+            assert (one.label_map == other.label_map).all()
+    array = RNG.integers(0, 256, (100, 130, 3), dtype=np.uint8)
+    (large,) = sliced(array)
+    assert large.size == (100, 130)
+    assert (large.image == array).all()
+    if name == 'detector':
+        assert len(large.boxes) > 10
+        assert large.boxes[:, 2].max() > 100
+        assert masks_of(large).shape == (len(large.boxes), 100, 130)
+        assert (np.diff(large.scores) <= 0).all()
+    else:
+        assert large.label_map.shape == (100, 130)
+
+
+def test_chosen_classes(models, images):
+    for name in ('detector', 'segmentor', 'classifier'):
+        options = dict(device='cpu') | (dict(score_thr=0.0) if name == 'detector' else {})
+        (everything,) = Predictor(*models(name), **options).predict_items(images[:1])
+        (chosen,) = Predictor(*models(name), classes='b', **options).predict_items(images[:1])
+        if name == 'detector':
+            keep = everything.labels == 1
+            assert 0 < keep.sum() < len(keep)
+            assert (chosen.boxes == everything.boxes[keep]).all()
+            assert chosen.masks == [mask for mask, kept in zip(everything.masks, keep, strict=True) if kept]
+        elif name == 'segmentor':
+            assert (chosen.label_map == np.where(everything.label_map == 1, 1, 255)).all()
+        else:
+            assert chosen.scores.tolist() == [0, everything.scores[1]]
+
+
+@pytest.mark.parametrize('name', ['detector', 'segmentor', 'classifier'])
+def test_tta_and_amp(models, images, name):
+    """Both change the numbers a little, and take their options from the config and the device."""
+    plain = next(Predictor(*models(name), device='cpu').predict_items(images[:1]))
+    (found,) = Predictor(*models(name), device='cpu', tta=True).predict_items(images[:1])
+    assert found.error is None
+    if name == 'detector':
+        with pytest.raises(ToolError, match='--amp on the CPU'):
+            Predictor(*models(name), device='cpu', amp=True)
+        return
+    (rounded,) = Predictor(*models(name), device='cpu', amp=True).predict_items(images[:1])
+    assert rounded.error is None
+    if name == 'segmentor':
+        assert found.label_map.shape == plain.label_map.shape
+        assert (rounded.label_map == plain.label_map).mean() > 0.9
+    else:
+        assert 0 < abs(rounded.scores - plain.scores).max() < 0.05
+        assert found.scores.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_detector_without_masks(tmp_path, images):
+    dims = 'neck=dict(in_channels=[16, 32, 64], out_channels=8), bbox_head=dict(in_channels=8, feat_channels=8, '
+    files = write(tmp_path, 'detection/retinanet_vheat-t_fpn_1x_coco.py', f'{dims}num_classes=2)')
+    found = next(Predictor(*files, device='cpu', score_thr=0.0).predict_items(images))
+    assert found.masks is None
+    assert found.error is None
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'message'),
+    [
+        ('detector', dict(batch_size=0), 'batch_size=0: expected a positive whole number'),
+        ('detector', dict(slice_size=6.4), 'slice_size=6.4: expected a positive'),
+        ('detector', dict(overlap=1.0), 'overlap=1.0: expected a share'),
+        ('detector', dict(score_thr=30), 'score_thr=30: expected a score from 0 to 1'),
+        ('detector', dict(classes=['a', 'c']), "the model knows no 'c'; it knows a, b"),
+        ('detector', dict(amp=True, half=True), 'amp and half'),
+        ('detector', dict(half=True), 'half=True needs a GPU'),
+        ('detector', dict(device='cuda:99'), "device 'cuda:99' cannot be used"),
+        ('detector', dict(device='gpu'), "device 'gpu' cannot be used"),
+        ('detector', {'cfg_options': {'modle.backbone.drop_path_rate': 0}}, "no 'modle'.*did you mean 'model'"),
+        ('segmentor', dict(score_thr=0.5), 'score_thr=0.5 chooses among detections'),
+        ('classifier', dict(slice_size=64), 'a class belongs to a whole image'),
+    ],
+)
+def test_options_are_checked(models, name, options, message):
+    with pytest.raises(ToolError, match=message):
+        Predictor(*models(name), **(dict(device='cpu') | options))
+
+
+def test_checkpoints_that_do_not_fit(models, tmp_path):
+    """Of another config; with another number of class names; and panoptic models."""
+    config, checkpoint = models('detector')
+    with pytest.raises(CheckpointError, match=r'does not fit the model.*missing: decode_head'):
+        Predictor(models('segmentor')[0], checkpoint, device='cpu')
+    content = torch.load(checkpoint, weights_only=False)
+    content['meta']['dataset_meta'] = dict(classes=('a', 'b', 'c'))
+    torch.save(content, tmp_path / 'three.pth')
+    with pytest.raises(ToolError, match=r"three.pth' names 3 classes, but model.roi_head.*num_classes=2"):
+        Predictor(config, tmp_path / 'three.pth', device='cpu')
+    del content['meta']['dataset_meta']
+    torch.save(content, tmp_path / 'none.pth')
+    with pytest.raises(ToolError, match=r'test_dataloader.dataset.* names 80 classes'):
+        Predictor(config, tmp_path / 'none.pth', device='cpu')
+    options = {'test_dataloader.dataset.metainfo': CLASSES}
+    assert Predictor(config, tmp_path / 'none.pth', device='cpu', cfg_options=options).classes == ('a', 'b')
+    with pytest.raises(ToolError, match='predicts panoptic maps'):
+        Predictor('vheat_mm::detection/mask2former_vheat-t_8xb2-lsj-50e_coco-panoptic.py', checkpoint)

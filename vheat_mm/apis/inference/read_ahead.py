@@ -75,7 +75,7 @@ def read_ahead(
                     start += 1
             process.join()
             if start < len(jobs):
-                yield jobs[start], WorkerDied(_reason(process.exitcode))
+                yield jobs[start], WorkerDied(_reason(process.exitcode, timeout))
                 start += 1
         finally:
             ended.set()
@@ -85,11 +85,11 @@ def read_ahead(
             ours.close()
 
 
-def _reason(status: int | None) -> str:
+def _reason(status: int | None, timeout: float) -> str:
     if status is None or status >= 0:
         return f'the process that reads it has ended with status {status}'
     name = signal.Signals(-status).name
-    hints = dict(SIGALRM=f': it took more than {TIMEOUT:.0f} seconds', SIGKILL=': the memory may not suffice')
+    hints = dict(SIGALRM=f': it took more than {timeout:g} seconds', SIGKILL=': the memory may not suffice')
     return f'the process that reads it was ended by {name}{hints.get(name, ": its decoder crashes")}'
 
 
