@@ -4,6 +4,7 @@ _base_ = '../classification/vheat-t_16xb128_in1k.py'
 
 data_root = '{{$VHEAT_DEMO_DATA:demo_out/data}}/textures'
 classes = ('brick', 'grass', 'gravel')
+metainfo = dict(classes=classes, palette=[(190, 80, 60), (70, 160, 70), (120, 120, 150)])
 
 model = dict(
     backbone=dict(
@@ -29,7 +30,7 @@ test_pipeline = [
     dict(type='Resize', scale=(256, 256)),
     dict(type='PackInputs'),
 ]
-dataset = dict(_delete_=True, type='CustomDataset', data_root=data_root, metainfo=dict(classes=classes))
+dataset = dict(_delete_=True, type='CustomDataset', data_root=data_root, metainfo=metainfo)
 train_dataloader = dict(
     batch_size=4,
     num_workers=0,

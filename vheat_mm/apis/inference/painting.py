@@ -38,6 +38,7 @@ def paint(
     palette: Sequence[RGB],
     score_thr: float | None = None,
     opacity: float = 0.5,
+    show_scores: bool = True,
 ) -> np.ndarray:
     """Paint a prediction over its image.
 
@@ -48,6 +49,7 @@ def paint(
         palette: Red, green and blue of each class, 0 to 255; supervision's own by number for a class without one.
         score_thr: Boxes with lower scores are not painted; all are by default.
         opacity: Of masks, from 0 to 1.
+        show_scores: Write scores behind the names of classes; annotations have none.
 
     Returns:
         (H, W, 3) uint8 in BGR order, of the image's size; an image to classify with a side of less than 160 pixels is
@@ -59,7 +61,7 @@ def paint(
     if prediction.task == 'classification':
         enlarge = -(-_READABLE // min(image.shape[:2]))
         image = image.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
-    look = _Look(tuple(classes), palette, max(_SMALLEST_TEXT, round(_TEXT_SHARE * min(image.shape[:2]))))
+    look = _Look(tuple(classes), palette, max(_SMALLEST_TEXT, round(_TEXT_SHARE * min(image.shape[:2]))), show_scores)
     if prediction.label_map is not None:
         return _paint_label_map(image, prediction.label_map, look, opacity)
     if prediction.boxes is not None:
@@ -84,6 +86,7 @@ class _Look(NamedTuple):
     classes: tuple[str, ...]
     palette: Sequence[RGB]
     text_size: int
+    show_scores: bool = True
 
     def colour(self, label: int) -> RGB:
         """Red, green and blue of a class."""
@@ -169,7 +172,10 @@ def _paint_boxes(
     thickness = max(1, round(min(height, width) / _LINES))
     image = sv.BoxAnnotator(thickness=thickness, **by_index).annotate(image, detections)
 
-    texts = [f'{look.name(int(label))} {score:.2f}' for label, score in zip(labels, scores, strict=True)]
+    texts = [
+        f'{look.name(int(label))}{f" {score:.2f}" if look.show_scores else ""}'
+        for label, score in zip(labels, scores, strict=True)
+    ]
     font = ImageFont.truetype(look.font_path(), look.text_size)
     covered = np.cumsum([font.getlength(text) * 1.5 * look.text_size for text in texts[::-1]])
     if not (fitting := int(np.count_nonzero(covered <= _LABELLED * height * width))):
@@ -213,7 +219,11 @@ def _paint_classes(image: np.ndarray, prediction: Prediction, look: _Look) -> np
     assert prediction.scores is not None
     best = best_classes(prediction.scores)
     rows = [
-        _Row(f'{score:.2f} {look.name(int(label))}', look.colour(int(label)), float(score))
+        _Row(
+            f'{f"{score:.2f} " if look.show_scores else ""}{look.name(int(label))}',
+            look.colour(int(label)),
+            float(score),
+        )
         for label, score in zip(best, prediction.scores[best], strict=True)
     ]
     return _draw_panel(image, rows, look, column=4)

@@ -55,7 +55,7 @@ class QueryMerger:
 
 def _merge(merged: tuple[Tensor, Tensor, Tensor], found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Merge one more view into the mean of the earlier ones."""
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+    from scipy.optimize import linear_sum_assignment
 
     classes, masks, views = merged
     overlap = _soft_iou(masks, found[1])
