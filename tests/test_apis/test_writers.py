@@ -101,6 +101,12 @@ class TestCoco:
         in_memory = to_coco(predictions, CLASSES, 0.3)
         assert in_memory == json.loads(target.read_text())
 
+    def test_boxes_of_a_diverged_network(self):
+        prediction = detection(with_masks=False)
+        prediction.boxes[0, 2], prediction.scores[1] = np.inf, np.nan
+        content = json.dumps(to_coco([prediction], CLASSES), allow_nan=False)
+        assert [entry['score'] for entry in json.loads(content)['annotations']] == [pytest.approx(0.2)]
+
     def test_boxes_alone(self, tmp_path):
         target, _ = self.write(tmp_path, [detection(with_masks=False)], score_thr=0.0)
         annotations = load_coco(target).dataset['annotations']
@@ -252,6 +258,13 @@ class TestPaint:
             allowed |= inside | around | label_place
         assert not (changed & ~allowed).any()
 
+    def test_boxes_beyond_the_image(self):
+        prediction = detection(with_masks=False)
+        prediction.boxes = np.array([[-1e12, 10, 1e12, 50], [0, -5, 1, 1], [70, 50, 60, 40]], np.float32)
+        painted = paint(prediction, ['two\nlines', ''], PALETTE)
+        for row in (10, 50):
+            assert (painted[row] == np.array(PALETTE[1])[::-1]).all()
+
     def test_small_images_have_no_labels(self):
         pytest.importorskip('pycocotools')
         prediction = detection()
@@ -273,13 +286,13 @@ class TestPaint:
 
     def test_classes_are_listed(self):
         """The longest bar has the best class's colour and the length of its score."""
-        image = np.full((20, 400, 3), 255, np.uint8)
+        image = np.full((40, 400, 3), 255, np.uint8)
         scores = np.array([0.25, 0.75], np.float32)
         prediction = Prediction(
-            Item('a', 'a', 0, 'a'), image=image, size=(20, 400), task='classification', scores=scores
+            Item('a', 'a', 0, 'a'), image=image, size=(40, 400), task='classification', scores=scores
         )
         painted = paint(prediction, CLASSES, PALETTE)
-        assert painted.shape == (160, 3200, 3)  # enlarged until the text is readable
+        assert painted.shape == (160, 1600, 3)  # enlarged until the text is readable
         lengths = [(painted == np.array(colour)[::-1]).all(axis=2).sum(axis=1).max() for colour in PALETTE]
         assert lengths[1] == pytest.approx(3 * lengths[0], abs=3)
         assert (painted[80:] == 255).all()

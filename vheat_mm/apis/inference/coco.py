@@ -199,13 +199,19 @@ class Boxes(NamedTuple):
 def kept_boxes(prediction: Prediction, score_thr: float) -> Boxes:
     """The boxes of a prediction with scores from a threshold up, highest score first.
 
+    Boxes with NaN or infinity, as of a network that has diverged, are left out, which is said.
+
     Raises:
         ValueError: It is no detector's.
     """
     if prediction.boxes is None or prediction.scores is None or prediction.labels is None:
         raise ValueError(f'{prediction.item.source}: a prediction of {prediction.task} has no boxes')
     order = np.argsort(-prediction.scores, kind='stable')
-    order = order[prediction.scores[order] >= score_thr]
+    finite = np.isfinite(prediction.boxes).all(axis=1) & np.isfinite(prediction.scores)
+    if not finite.all():
+        name = _file_name(_key(prediction))
+        print_log(f'{name}: {np.count_nonzero(~finite)} boxes with NaN or infinity are left out', 'current', 30)
+    order = order[finite[order] & (prediction.scores[order] >= score_thr)]
     masks = None if prediction.masks is None else [prediction.masks[index] for index in order]
     return Boxes(prediction.boxes[order], prediction.scores[order], prediction.labels[order], masks)
 

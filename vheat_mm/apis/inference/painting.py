@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 RGB = tuple[int, int, int]
 _SMALLEST_TEXT, _TEXT_SHARE = 10, 0.026  # height in pixels; share of the image's shorter side
 _LINES = 400  # how many widths of a box's lines the shorter side is
-_READABLE = 160  # pixels of the shorter side, for a list of classes
+_READABLE, _WIDEST = 160, 1600  # pixels of the shorter and longer side, of an image enlarged for a list of classes
+_OUTSIDE = 100  # pixels around an image beyond which OpenCV need not draw
 _LABELLED = 0.25  # share of the image that labels may cover; those of the best boxes come first
 
 
@@ -53,15 +54,20 @@ def paint(
 
     Returns:
         (H, W, 3) uint8 in BGR order, of the image's size; an image to classify with a side of less than 160 pixels is
-        enlarged by a whole number. The prediction's image is left as it is.
+        enlarged by a whole number, up to 1600. The prediction's image is left as it is.
     """
     if prediction.image is None:
         raise ValueError(f'{prediction.item.source}: no image to paint over: build the Predictor with keep_image=True')
     image = displayable(prediction.image)
     if prediction.task == 'classification':
-        enlarge = -(-_READABLE // min(image.shape[:2]))
+        enlarge = max(1, min(-(-_READABLE // min(image.shape[:2])), _WIDEST // max(image.shape[:2])))
         image = image.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
-    look = _Look(tuple(classes), palette, max(_SMALLEST_TEXT, round(_TEXT_SHARE * min(image.shape[:2]))), show_scores)
+    look = _Look(
+        tuple(' '.join(name.split()) for name in classes),
+        palette,
+        max(_SMALLEST_TEXT, round(_TEXT_SHARE * min(image.shape[:2]))),
+        show_scores,
+    )
     if prediction.label_map is not None:
         return _paint_label_map(image, prediction.label_map, look, opacity)
     if prediction.boxes is not None:
@@ -162,6 +168,7 @@ def _paint_boxes(
         around = np.asarray(rle.toBbox(encoded), dtype=np.float64)
         around[:, 2:] += around[:, :2] - 1
         masks = CompactMask.from_coco_rle(encoded, around, (height, width))
+    boxes = boxes.clip(-_OUTSIDE, np.array([width, height, width, height]) + _OUTSIDE)
     detections = sv.Detections(xyxy=boxes, mask=masks, confidence=scores, class_id=labels)
     # One colour a box, as supervision takes the number of a class modulo the length of its palette.
     colours = [look.colour(int(label)) for label in labels]
@@ -201,11 +208,12 @@ def _is_light(colour: RGB) -> bool:
 def _paint_label_map(image: np.ndarray, label_map: np.ndarray, look: _Look, opacity: float) -> np.ndarray:
     import cv2
 
-    counts = np.bincount(label_map.reshape(-1), minlength=len(look.classes))[: len(look.classes)]
+    ids = len(look.classes)
+    counts = cv2.calcHist([label_map], [0], None, [ids], [0, ids]).reshape(-1)  # 40 times as fast as np.bincount
     table = np.zeros((int(np.iinfo(label_map.dtype).max) + 1, 3), np.uint8)
-    table[: len(look.classes)] = [look.colour(label)[::-1] for label in range(len(look.classes))]
+    table[:ids] = [look.colour(label)[::-1] for label in range(ids)]
     painted = cv2.addWeighted(table[label_map], opacity, image, 1 - opacity, 0)
-    unlabelled = label_map >= len(look.classes)  # 255, which mmseg ignores
+    unlabelled = label_map >= ids  # 255, which mmseg ignores
     painted[unlabelled] = image[unlabelled]
     present = np.argsort(-counts, kind='stable')[: np.count_nonzero(counts)]
     rows = [
@@ -331,7 +339,8 @@ def _write_image(image: np.ndarray, target: Path) -> None:
     """Write (H, W, 3) uint8 in BGR order in the format that the name ends with."""
     import cv2
 
-    encoded = cv2.imencode(target.suffix.lower(), image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
+    suffix = target.suffix.lower()
+    encoded = cv2.imencode(suffix, image, [] if suffix == '.png' else [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
     with report_full_disk(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(target) as file:
