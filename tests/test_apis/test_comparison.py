@@ -25,13 +25,12 @@ pytest.importorskip('supervision')
 mask_api = pytest.importorskip('pycocotools.mask')
 intersect_and_union = pytest.importorskip('mmseg.evaluation').IoUMetric.intersect_and_union
 
+from vheat_mm.apis.heat.annotations import Truth, read_dataset  # noqa: E402
 from vheat_mm.apis.heat.comparison import (  # noqa: E402
-    Truth,
     compare_dataset,
     compare_files,
     comparison_figure,
     detection_quality,
-    read_dataset,
     segmentation_quality,
 )
 
@@ -190,7 +189,7 @@ def files(data, tmp_path):
 
 def test_files_are_compared(files):
     comparison, classes = compare_files(*files, number=3, score_thr=0.5)
-    assert classes == ['coin']
+    assert classes == ('coin',)
     assert comparison.qualities == pytest.approx([1, 0, 1])
     assert comparison.worst[0].truth.name == 'val_00002.jpg'
     assert compare_files(*files, number=1, score_thr=0.95)[0].qualities == [0, 0, 0]

@@ -1,4 +1,4 @@
-"""Grad-CAM: where in an image the evidence for a class lies, by the gradient of its score with respect to a layer.
+"""Grad-CAM: where in an image the evidence for a class lies, by the gradient of its score at a layer.
 
 Selvaraju et al., Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization, ICCV 2017; for
 segmentation Vinogradova et al., Towards Interpretable Semantic Segmentation via Gradient-weighted Class Activation
@@ -12,10 +12,11 @@ Mapping, AAAI 2020. The score is
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from vheat_mm.apis.config import add_config_arguments
+from vheat_mm.apis.heat.figures import WIDTH, check_out, draw_over, new_figure, save_figure
+from vheat_mm.apis.heat.images import prepare_images
+from vheat_mm.apis.inference.model import load_model
 from vheat_mm.utils.errors import ToolError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LAYOUTS = {'NCHW': (0, 1, 2, 3), 'NHWC': (0, 3, 1, 2)}  # 4-D layouts -> how to permute to NCHW
 
@@ -242,3 +250,71 @@ def _detector_score(model, inputs, samples, classes, target, score_thr) -> tuple
 
 
 _SCORES = {'classification': _classifier_score, 'segmentation': _segmentor_score, 'detection': _detector_score}
+
+
+# ---- the figure and its command ----
+
+
+def cam_figure(rows: Sequence[Sequence[Cam]]) -> Figure:
+    """A row for each image: the image, then what was explained in it, above it class and layer."""
+    columns = 1 + max(map(len, rows))
+    side = WIDTH / columns
+    heights = [side * row[0].image.shape[0] / row[0].image.shape[1] + 0.5 for row in rows]
+    figure = new_figure(sum(heights) + 0.5)
+    axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
+    for axis in axes.flat:
+        axis.axis('off')
+    drawn = None
+    for row, places in zip(rows, axes, strict=True):
+        places[0].imshow(row[0].image)
+        places[0].set_title('image', fontsize=11)
+        for cam, axis in zip(row, places[1:], strict=False):
+            drawn = draw_over(axis, cam.image, cam.heat)
+            grid = f'{cam.layer}, {cam.grid[0]} x {cam.grid[1]}'
+            axis.set_title(f'{cam.target}\n{grid}', fontsize=11)
+    if drawn is not None:
+        bar = figure.colorbar(drawn, ax=axes, location='bottom', shrink=0.4, aspect=50, pad=0.01)
+        bar.set_label('Grad-CAM, share of its largest value')
+    return figure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the kind ``cam``."""
+    add_config_arguments(parser)
+    parser.add_argument('checkpoint', help="checkpoint: file, address, published name, or 'released'")
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image, folder, glob or .txt file of paths')
+    parser.add_argument(
+        '--target',
+        nargs='+',
+        default=[None],
+        metavar='CLASS',
+        help="classes to explain, by name or number, or '#3' for a detector's third detection; by default the class of "
+        'the highest score, of a segmentor that of the most pixels',
+    )
+    parser.add_argument(
+        '--layer',
+        nargs='+',
+        default=[None],
+        metavar='NAME',
+        help='modules whose output is looked at, such as backbone.layers.2.1 (default: backbone)',
+    )
+    parser.add_argument('--layout', choices=[*LAYOUTS, 'NLC'], help='of the output, where its shape does not say it')
+    parser.add_argument('--score-thr', type=float, metavar='X', help="detections from this score on (the config's)")
+    parser.add_argument('--device', help='such as cpu or cuda:1')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw the kind ``cam``."""
+    check_out(args.out)
+    loaded = load_model(args.config, args.checkpoint, args.device, args.cfg_options)
+    threshold = loaded.score_thr if args.score_thr is None else args.score_thr
+    rows: list[list[Cam]] = []
+    for item, data in prepare_images(loaded, args.images):
+        rows.append(row := [])
+        for target in args.target:
+            for layer in args.layer:
+                arguments = (loaded.task, loaded.classes, target, layer, args.layout, threshold)
+                row.append(cam := explain(loaded.model, data, *arguments))
+                nothing = '' if cam.heat.any() else ': nothing in this layer speaks for it, take another --layer'
+                print(f'{item.name}: {cam.target} at {cam.layer}{nothing}')
+    save_figure(cam_figure(rows), args.out)

@@ -11,52 +11,32 @@ How good the prediction of an image is, from 0 to 1:
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from mmengine.dataset import Compose
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS
 
+from vheat_mm.apis.config import add_config_arguments
+from vheat_mm.apis.heat.annotations import Truth, detection_truth, from_coco, read_dataset
+from vheat_mm.apis.heat.figures import WIDTH, check_out, new_figure, save_figure
+from vheat_mm.apis.inference.model import DEFAULT_SCORE_THR, distinct_colours
 from vheat_mm.apis.inference.painting import paint
 from vheat_mm.apis.inference.predictor import Predictor
 from vheat_mm.apis.inference.types import Item, Prediction
-from vheat_mm.utils.config_place import describe_building, type_name
 from vheat_mm.utils.errors import ToolError
 from vheat_mm.utils.text import some_of
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 UNLABELLED = 255
 IN_CROWD = 0.5  # share of a detection within a region of many objects, from which it is neither right nor wrong
-
-
-@dataclass(frozen=True)
-class Truth:
-    """Annotations of an image.
-
-    Attributes:
-        path: The image's file.
-        name: What it is called in the data set.
-        boxes: (N, 4) corners x1, y1, x2, y2 in pixels.
-        labels: (N,) indices of the model's classes.
-        masks: Run-length encodings of pycocotools, where all objects have one.
-        crowds: Run-length encodings of regions with many objects.
-        label_map: (H, W) class indices, 255 where unlabelled.
-        label: Index of the image's class.
-    """
-
-    path: str
-    name: str
-    boxes: np.ndarray | None = None
-    labels: np.ndarray | None = None
-    masks: list[dict[str, Any]] | None = None
-    crowds: tuple[dict[str, Any], ...] = ()
-    label_map: np.ndarray | None = None
-    label: int | None = None
 
 
 @dataclass(frozen=True)
@@ -178,7 +158,7 @@ def _compare(task: str, pairs: Iterable[tuple[Truth, Prediction]], number: int) 
 
 def compare_files(
     predictions: str | Path, ann_file: str | Path, image_dir: str | Path, number: int, score_thr: float
-) -> tuple[Comparison, list[str]]:
+) -> tuple[Comparison, tuple[str, ...]]:
     """Compare detections of ``tools/predict.py --ann-file``, or of a COCO results file, and keep the worst images.
 
     Returns:
@@ -219,8 +199,7 @@ def compare_files(
                 (image['height'], image['width']),
             )
             truth, found = (
-                _detection_truth(path, name, _from_coco(group[key], labels), size)
-                for group in (annotations, detections)
+                detection_truth(path, name, from_coco(group[key], labels), size) for group in (annotations, detections)
             )
             pixels = cv2.imread(path)
             yield (
@@ -238,7 +217,7 @@ def compare_files(
                 ),
             )
 
-    return _compare('detection', pairs(), number), classes
+    return _compare('detection', pairs(), number), tuple(classes)
 
 
 def _read_json(path: str | Path) -> Any:
@@ -248,88 +227,18 @@ def _read_json(path: str | Path) -> Any:
         raise ToolError(f'{str(path)!r} is no JSON: {error}') from error
 
 
-def _from_coco(entries: list[dict], labels: dict[Any, int]) -> list[dict]:
-    """COCO's annotations or detections as MMDetection's data sets have them."""
-    return [
-        dict(
-            bbox=np.add(entry['bbox'], [0, 0, *entry['bbox'][:2]]),
-            bbox_label=labels[entry['category_id']],
-            ignore_flag=entry.get('iscrowd', 0),
-            mask=entry.get('segmentation'),
-        )
-        for entry in entries
-    ]
-
-
-def _detection_truth(path: str, name: str, objects: list[dict], size: tuple[int, int]) -> Truth:
-    """Of objects as MMDetection's data sets have them: ``bbox``, ``bbox_label``, ``ignore_flag``, ``mask``."""
-    from pycocotools import mask as coco_mask
-
-    def encode(mask: Any) -> dict[str, Any]:
-        parts = (
-            coco_mask.frPyObjects(mask, *size) if isinstance(mask, list) or isinstance(mask['counts'], list) else mask
-        )
-        return coco_mask.merge(parts) if isinstance(parts, list) else parts
-
-    single = [it for it in objects if not it.get('ignore_flag')]
-    crowds = tuple(encode(it['mask']) for it in objects if it.get('ignore_flag') and it.get('mask'))
-    return Truth(
-        path,
-        name,
-        boxes=np.array([it['bbox'] for it in single], np.float32).reshape(-1, 4),
-        labels=np.array([it['bbox_label'] for it in single], np.int64),
-        masks=[encode(it['mask']) for it in single] if all(it.get('mask') for it in single) else None,
-        crowds=crowds,
-    )
-
-
-def read_dataset(cfg: Any, task: str) -> Iterator[Truth]:
-    """The annotations of the data set that a config tests.
-
-    Raises:
-        ToolError: It cannot be built, or has none.
-    """
-    described = cfg.test_dataloader.dataset
-    steps = [step for step in described.get('pipeline') or [] if 'Annotations' in type_name(step)]
-    try:
-        dataset = DATASETS.build({**described, 'pipeline': [], 'test_mode': True})
-        load_map = Compose(steps)
-    except Exception as error:
-        raise ToolError(f'cannot build the data set test_dataloader.dataset: {describe_building(error)}') from error
-    objects = 0
-    for index in range(len(dataset)):
-        info = dataset.get_data_info(index)
-        path = info['img_path']
-        name = str(Path(path).relative_to(Path(path).parents[1])) if task == 'classification' else Path(path).name
-        if task == 'detection':
-            objects += len(info['instances'])
-            yield _detection_truth(path, name, info['instances'], (info['height'], info['width']))
-        elif task == 'segmentation':
-            if not info.get('seg_map_path'):
-                raise ToolError(f'the data set has no label map for {path!r}')
-            yield Truth(path, name, label_map=load_map(info)['gt_seg_map'])
-        elif 'gt_label' in info:
-            yield Truth(path, name, label=int(info['gt_label']))
-        else:
-            raise ToolError(f'the data set has no class for {path!r}')
-    if task == 'detection' and not objects:
-        raise ToolError('the data set test_dataloader.dataset has no annotations')
-
-
-# ---- the figure ----
+# ---- the figure and its command ----
 
 
 def comparison_figure(
     comparison: Comparison, classes: Sequence[str], palette: Sequence[tuple[int, int, int]], columns: int = 2
-) -> Any:
-    """Pairs of annotation (left) and prediction (right), ``columns`` beside each other, as a matplotlib figure."""
-    from matplotlib.figure import Figure
-
+) -> Figure:
+    """Pairs of annotation (left) and prediction (right), ``columns`` of them beside each other."""
     what, pairs = QUALITIES[comparison.task][1], comparison.worst
     rows = -(-len(pairs) // columns)
     shapes = [pair.prediction.size for pair in pairs]
-    height = 6.4 / columns * max(height / width for height, width in shapes) + 0.35
-    figure = Figure(figsize=(12.8, rows * height + 0.4), layout='constrained')
+    height = WIDTH / 2 / columns * max(height / width for height, width in shapes) + 0.35
+    figure = new_figure(rows * height + 0.4)
     figure.suptitle(
         f'Annotation (left) and prediction (right), worst {len(pairs)} of {len(comparison.qualities)} images'
     )
@@ -352,3 +261,48 @@ def _painted_truth(pair: Compared, classes: Sequence[str], palette: Sequence[tup
         classes, palette, scores = [classes[truth.label]], [palette[truth.label]], np.ones(1, np.float32)
     fields: dict[str, Any] = {key: getattr(truth, key) for key in ('boxes', 'labels', 'masks', 'label_map')}
     return paint(replace(pair.prediction, scores=scores, **fields), classes, palette, show_scores=False)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the kind ``predictions``."""
+    add_config_arguments(parser)
+    parser.add_argument(
+        'checkpoint',
+        nargs='?',
+        help="checkpoint: file, address, published name, or 'released'. Without one, CONFIG is a predictions.json of "
+        'tools/predict.py or a COCO results file',
+    )
+    parser.add_argument('--ann-file', metavar='FILE', help='COCO annotations for a predictions.json')
+    parser.add_argument('--image-dir', metavar='DIR', help='folder of its images')
+    parser.add_argument('--number', type=int, default=6, metavar='N', help='how many images to show (6)')
+    parser.add_argument(
+        '--score-thr', type=float, metavar='X', help="detections from this score on (the config's, or 0.3)"
+    )
+    parser.add_argument('--device', help='such as cpu or cuda:1')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw the kind ``predictions``."""
+    check_out(args.out)
+    if args.number < 1:
+        raise ToolError(f'--number {args.number}: give 1 or more')
+    files = args.ann_file, args.image_dir
+    if args.checkpoint is not None:
+        if any(files):
+            raise ToolError('--ann-file and --image-dir belong to a predictions.json without CHECKPOINT: drop them')
+        predictor = Predictor(
+            args.config, args.checkpoint, device=args.device, score_thr=args.score_thr, cfg_options=args.cfg_options
+        )
+        comparison = compare_dataset(predictor, args.number)
+        classes, palette = predictor.classes, predictor.palette
+    else:
+        if not all(files) or args.device or args.cfg_options:
+            raise ToolError('give CONFIG CHECKPOINT, or a predictions.json with --ann-file and --image-dir alone')
+        threshold = DEFAULT_SCORE_THR if args.score_thr is None else args.score_thr
+        comparison, classes = compare_files(args.config, *files, args.number, threshold)
+        palette = distinct_colours(len(classes))
+    what, mean = QUALITIES[comparison.task][1], np.mean(comparison.qualities)
+    print(f'{len(comparison.qualities)} images, mean {what} {mean:.3f}; the worst:')
+    for pair in comparison.worst:
+        print(f'  {pair.quality:.3f}  {pair.truth.path}')
+    save_figure(comparison_figure(comparison, classes, palette), args.out)

@@ -1,0 +1,59 @@
+"""What all pictures share: colours, size and how they are written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vheat_mm.utils.errors import ToolError
+from vheat_mm.utils.files import atomic_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+HEAT = 'inferno'  # from black over red to yellow: its lightness alone tells the value, for all kinds of sight
+WIDTH = 12.8  # inches, at 100 dots each
+DPI = 100
+
+
+def new_figure(height: float) -> Figure:
+    """A figure of README's width and a height in inches, without pyplot's state."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(WIDTH, height), dpi=DPI, layout='constrained')
+
+
+def draw_over(axis: Axes, image: np.ndarray, heat: np.ndarray, opacity: float = 0.55) -> AxesImage:
+    """Draw heat (H, W), 0 to 1, over an image (H, W, 3) uint8 RGB, and return what a colour bar needs."""
+    axis.axis('off')
+    axis.imshow(image)
+    return axis.imshow(heat, cmap=HEAT, vmin=0, vmax=1, alpha=opacity)
+
+
+def save_figure(figure: Figure, out: str | os.PathLike) -> None:
+    """Write a PNG file, all of it or nothing.
+
+    Raises:
+        ToolError: ``out`` does not end with .png.
+    """
+    target = check_out(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target) as file:
+        figure.savefig(file, format='png', dpi=DPI)
+
+
+def check_out(out: str | os.PathLike, suffixes: tuple[str, ...] = ('.png',)) -> Path:
+    """A file to write; an unfit name is better told before the work than after it.
+
+    Raises:
+        ToolError: Another suffix, or a folder.
+    """
+    path = Path(out)
+    if path.suffix.lower() not in suffixes or path.is_dir():
+        raise ToolError(f'--out {out}: give the name of a file that ends with {" or ".join(suffixes)}')
+    return path
