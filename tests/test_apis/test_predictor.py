@@ -31,11 +31,6 @@ pytestmark = pytest.mark.usefixtures('own_scope')
 RNG = np.random.default_rng(0)
 
 
-def read_plainly(item, max_pixels=None):
-    """What reading does with a sound image file: leave it to the pipeline."""
-    yield Sample(item)
-
-
 @pytest.fixture(scope='module')
 def models(tmp_path_factory):
     """``models('detector')``: its config and checkpoint, written once."""
@@ -66,11 +61,6 @@ def images(tmp_path_factory) -> list[Item]:
         cv2.imwrite(path, cv2.resize(small, size[::-1], interpolation=cv2.INTER_CUBIC))
         items.append(Item(path, f'{index}.png', index, path))
     return items
-
-
-@pytest.fixture(autouse=True)
-def _plain_reading(monkeypatch):
-    monkeypatch.setattr('vheat_mm.apis.inference.predictor.read', read_plainly)
 
 
 def masks_of(prediction) -> np.ndarray:
@@ -138,14 +128,14 @@ def test_arrays_and_frames_give_what_files_give(models, images, monkeypatch):
     arrays = [cv2.imread(item.path) for item in images]
     clip = Item('clip.mp4', 'clip.mp4', 0, 'clip.mp4', is_video=True)
 
-    def read_clip(item, max_pixels=None):
+    def read_clip(item, *_):
         for number, array in enumerate(arrays):
             yield Sample(item, array, number, last=number == 3, fps=25.0)
 
-    monkeypatch.setattr('vheat_mm.apis.inference.predictor.read', read_clip)
-    frames = list(predictor.predict_items([clip]))
+    with monkeypatch.context() as patch:
+        patch.setattr('vheat_mm.apis.inference.predictor.read', read_clip)
+        frames = list(predictor.predict_items([clip]))
     assert [(frame.frame, frame.last, frame.fps) for frame in frames] == [(n, n == 3, 25.0) for n in range(4)]
-    monkeypatch.setattr('vheat_mm.apis.inference.predictor.read', read_plainly)
     for of_file, of_array, of_frame in zip(predictor.predict_items(images), predictor(arrays), frames, strict=True):
         assert of_array.image is None
         assert len(of_file.boxes) > 5
@@ -180,7 +170,7 @@ def test_a_broken_input_is_one_error(models, images, tmp_path):
     assert '\n' not in broken.error
     assert (broken.image, broken.boxes, broken.size) == (None, None, (0, 0))
     assert failing.error.startswith('out of memory at 64 x 48 pixels: use a smaller --batch-size')
-    assert 'none.png' in missing.error
+    assert missing.error == 'no such file or directory'
 
 
 def count_until_crash(job: int):

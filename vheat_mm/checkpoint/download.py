@@ -38,20 +38,26 @@ class _HttpOnly(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def download(url: str, part: Path) -> None:
+def download(url: str, part: Path, limit: int | None = None, quiet: bool = False) -> None:
     """Download an http(s) URL into a file, or go on with what an interrupted call has left in it.
 
     Where the server tells the version of its file, by ``ETag`` or ``Last-Modified``, that is noted in ``<part>.json``
     and an interrupted download keeps what it has. Everything else that fails leaves nothing behind.
 
+    Args:
+        url: Its address.
+        part: The file.
+        limit: Bytes that it may have; ``MAX_BYTES`` by default.
+        quiet: Show no progress bar.
+
     Raises:
-        CheckpointError: The download failed, was incomplete, too slow or larger than ``MAX_BYTES``, or was redirected
+        CheckpointError: The download failed, was incomplete, too slow or larger than ``limit``, or was redirected
             to another protocol; or the server sent a web page, or a compressed file.
         OSError: The file cannot be written, or the disk has no room for it.
     """
-    transfer = _Transfer(url, part)
+    transfer = _Transfer(url, part, limit or MAX_BYTES)
     try:
-        _watch(transfer)
+        _watch(transfer, quiet)
     except BaseException as error:
         transfer.cancelled = True
         kept = part.stat().st_size if transfer.note.exists() and part.exists() else 0
@@ -69,10 +75,10 @@ def forget(part: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _watch(transfer: _Transfer) -> None:
+def _watch(transfer: _Transfer, quiet: bool) -> None:
     """Run a transfer, show how far it is, and end it when too little arrives."""
     columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=quiet or not sys.stderr.isatty()) as bar:
         task = bar.add_task('', total=None)
         transfer.start()
         checked, before = time.monotonic(), 0
@@ -103,9 +109,9 @@ class _Transfer(threading.Thread):
         error: What it failed with.
     """
 
-    def __init__(self, url: str, part: Path) -> None:
+    def __init__(self, url: str, part: Path, limit: int) -> None:
         super().__init__(daemon=True)  # one that waits for a server does not keep the process alive
-        self.url, self.part, self.note = url, part, _note_of(part)
+        self.url, self.part, self.note, self.limit = url, part, _note_of(part), limit
         self.received = self.done = 0
         self.total: int | None = None
         self.cancelled = False
@@ -182,9 +188,9 @@ class _Transfer(threading.Thread):
             raise CheckpointError(f'{self.url!r} sent {self.received} of {announced} bytes')
 
     def _check_size(self) -> None:
-        if max(self.total or 0, self.done) > MAX_BYTES:
+        if max(self.total or 0, self.done) > self.limit:
             forget(self.part)
-            raise CheckpointError(f'{self.url!r} sends more than {MAX_BYTES} bytes')
+            raise CheckpointError(f'{self.url!r} sends more than {self.limit} bytes')
 
 
 def _note_of(part: Path) -> Path:

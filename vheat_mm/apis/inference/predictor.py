@@ -158,7 +158,7 @@ class Predictor:
         return self._predict(self._read_ahead(items))
 
     def _read(self, item: Item) -> Iterator[Any]:
-        return read(item) if self._max_pixels is None else read(item, max_pixels=self._max_pixels)
+        return read(item, self._max_pixels, self._prepare.loader)
 
     def _read_ahead(self, items: Sequence[Item]) -> Iterator[Prepared]:
         jobs = [Job(item) for item in items]

@@ -11,8 +11,10 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import Compose
 
+from vheat_mm.apis.inference.reading import decoding
 from vheat_mm.apis.inference.slicing import Tile, tiles_of
 from vheat_mm.apis.inference.types import Item, Sample
+from vheat_mm.datasets.checks.images import Loader
 from vheat_mm.utils.config_place import describe_building, type_name
 from vheat_mm.utils.errors import ToolError, describe
 from vheat_mm.utils.text import first_line
@@ -53,6 +55,9 @@ class Preparer:
         slice_size: Side of the tiles in pixels of the image; ``None`` for whole images.
         overlap: Share of a tile that the next one repeats.
 
+    Attributes:
+        loader: How the config decodes images.
+
     Raises:
         ToolError: The config's pipeline cannot be built.
     """
@@ -72,6 +77,7 @@ class Preparer:
             self._load, self._transform = Compose(steps[:loading]), Compose(steps[loading:])
         except Exception as error:
             raise ToolError(f'cannot build the test pipeline: {describe_building(error)}') from error
+        self.loader = Loader(steps[0].get('color_type', 'color'), steps[0].get('imdecode_backend', 'cv2'))
         self._to_float32 = steps[0].get('to_float32', False)
         self._is_rgb = steps[0].get('imdecode_backend') == 'tifffile'
         self._bands, self._read, self._keep = bands, read, keep_image
@@ -110,7 +116,8 @@ class Preparer:
     def _loaded(self, sample: Sample) -> dict[str, Any]:
         """The pipeline's results after its loading: of a file by the config's own step, so as in a test."""
         if sample.image is None:
-            loaded = self._load(dict(img_path=sample.item.path, img_id=sample.item.index))
+            with decoding():
+                loaded = self._load(dict(img_path=sample.item.path, img_id=sample.item.index))
             if loaded is None:
                 raise ValueError('the first step of the test pipeline returns no image')
         else:

@@ -30,6 +30,7 @@ _FORMATS = ('JPEG', 'PNG', 'BMP', 'TIFF', 'WEBP', 'GIF', 'JPEG2000', 'PPM', 'SUN
 _RADIANCE = re.compile(rb'#\?(?:RADIANCE|RGBE)\n.*?\n\n[-+]Y (\d{1,9}) [-+]X (\d{1,9})\n', re.DOTALL)
 _NARROW, _TINY = 50, 16
 _EXTRANEOUS = 'extraneous bytes'  # libjpeg's message, for some encoders' files as well as for corrupt ones
+_BITS = 258  # TIFF tag: of each channel
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _captured_stderr: IO[bytes] | None = None  # of a worker: libjpeg and libpng report corruption only there
 _MODES = {
@@ -197,7 +198,7 @@ def decode(content: bytes, loader: Loader) -> tuple[np.ndarray, list[Fault]]:
     if image is None or reports_corruption(messages):
         raise FaultError('image-corrupt', reason or messages or 'the decoder returns no image')
     extraneous = [('image-extraneous-bytes', messages)] if _EXTRANEOUS in messages else []
-    return image, extraneous + _peculiarities(content, header)
+    return image, extraneous + peculiarities(content, header)
 
 
 def read_header(content: bytes) -> Any:
@@ -278,12 +279,15 @@ def _first_scan(content: bytes) -> int:
     return len(content)
 
 
-def _peculiarities(content: bytes, header: Any) -> list[Fault]:
+def peculiarities(content: bytes, header: Any) -> list[Fault]:
+    """What is unusual about how an image is stored; ``header`` as from :func:`read_header`."""
     if header is None:
         return []
     found = {kind: f'mode {header.mode}' for kind, modes in _MODES.items() if header.mode in modes}
     if content[:8] == b'\x89PNG\r\n\x1a\n' and content[24] == 16:  # Pillow does not tell for colour images
         found.setdefault('image-16-bit', 'PNG with 16 bits a channel')
+    if 16 in getattr(header, 'tag_v2', {}).get(_BITS, ()):
+        found.setdefault('image-16-bit', 'TIFF with 16 bits a channel')
     if 'transparency' in header.info:
         found.setdefault('image-alpha', f'mode {header.mode} with a transparent colour')
     with contextlib.suppress(Exception):  # EXIF data may be malformed in any way
