@@ -59,6 +59,11 @@ class Done(NamedTuple):
     images: int
     part: str
 
+    @property
+    def run(self) -> int:
+        """Number of the run that has done it."""
+        return int(self.part.split('-')[0])
+
 
 class Journal:
     """What one process of one run has done.
