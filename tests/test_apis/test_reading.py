@@ -148,6 +148,10 @@ def test_tiff_of_more_bands(tmp_path, said):
     [sample] = read(item(path), 1000, loader)
     assert sample.error.startswith(f'{WIDTH} x {HEIGHT} pixels, more than 1000')
     assert said == []  # nothing is lost
+    (tmp_path / 'a.png').write_bytes(encode(picture(), 'PNG'))
+    for name in ('a.png', 'a.mp4'):
+        [sample] = read(item(tmp_path / name, name == 'a.mp4'), loader=loader)
+        assert "(imdecode_backend='tifffile')" in sample.error
 
 
 # --- videos

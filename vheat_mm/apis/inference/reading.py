@@ -51,6 +51,8 @@ def read(item: Item, max_pixels: int | None = None, loader: Loader | None = None
         with contextlib.ExitStack() as stack:
             if is_address(item.path):
                 item = replace(item, path=str(stack.enter_context(_downloaded(item, limit))))
+            if item.is_video and loader is not None and loader.backend == 'tifffile':
+                raise ValueError("a video, and the config decodes TIFF files only (imdecode_backend='tifffile')")
             if item.is_video:
                 yield from read_frames(item, limit)
             else:
@@ -103,6 +105,8 @@ def _check_image(item: Item, limit: int, loader: Loader) -> list[str]:
         raise ValueError('the file is empty')
     if reason := _other_kind(item, content):
         raise ValueError(reason)
+    if loader.backend == 'tifffile' and content[:4] not in _TIFF:
+        raise ValueError("no TIFF file, and the config decodes no others (imdecode_backend='tifffile')")
     header = read_header(content)
     width, height = header.size if header is not None else _size_of_other(content, item.path, loader)
     if width * height > limit:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import importlib.util
 import logging
 import os
 import urllib.parse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,9 +69,10 @@ def list_items(
     found: list[tuple[int, str, _Found]] = []
     seen: set[str] = set()
     again = []
+    real_folder = functools.lru_cache(os.path.realpath)
     for number, source in enumerate(os.fspath(source) for source in several):
         for file in listing.files_of(source):
-            key = _identity(file.path)
+            key = _identity(file.path, real_folder)
             if key in seen:
                 again.append(file.path)
                 continue
@@ -89,12 +91,12 @@ def list_items(
     return items
 
 
-def _identity(path: str) -> str:
+def _identity(path: str, real_folder: Callable[[str], str]) -> str:
     """The same for one file by several paths; not for a link beside it, which has another name."""
     if is_address(path):
         return path
-    absolute = _absolute(path)
-    return os.path.join(os.path.realpath(absolute.parent), absolute.name)  # noqa: PTH118
+    folder, name = os.path.split(os.path.abspath(path))  # noqa: PTH100 (faster than Path, for each of many files)
+    return f'{real_folder(folder)}/{name}'
 
 
 def _absolute(path: str | Path) -> Path:
@@ -224,7 +226,7 @@ class _Listing:
 
 
 def _found(file: str, root: Path) -> _Found:
-    return _Found(file, root, Path(os.path.relpath(_absolute(file), root)).as_posix())
+    return _Found(file, root, os.path.relpath(os.path.abspath(file), root).replace(os.sep, '/'))  # noqa: PTH100
 
 
 def _counts(skipped: Counter[str]) -> str:
