@@ -14,10 +14,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from trained_models import CLASSES, CLASSIFIER, DETECTOR, SEGMENTOR, write
 
 from vheat_mm.apis.inference import Item, Prediction, Predictor, Sample
 from vheat_mm.apis.inference.predictor import encode_masks
+from vheat_mm.apis.inference.preparing import Job, Preparer
 from vheat_mm.apis.inference.read_ahead import WorkerDied, read_ahead
 from vheat_mm.apis.inference.slicing import merge_detections, merge_label_maps, tiles_of
 from vheat_mm.utils.errors import CheckpointError, ToolError
@@ -171,6 +173,16 @@ def test_a_broken_input_is_one_error(models, images, tmp_path):
     assert (broken.image, broken.boxes, broken.size) == (None, None, (0, 0))
     assert failing.error.startswith('out of memory at 64 x 48 pixels: use a smaller --batch-size')
     assert missing.error == 'no such file or directory'
+
+
+def test_other_bands_are_told_by_both_numbers():
+    """Also where the pipeline subtracts the means, as for detectors of more than three bands."""
+    steps = [dict(type='LoadImageFromFile'), dict(type='Normalize', mean=[0.0] * 5, std=[1.0] * 5, to_rgb=False)]
+    cfg = Config(dict(test_dataloader=dict(dataset=dict(pipeline=steps))))
+    prepare = Preparer(cfg, 1, iter, keep_image=False, slice_size=None, overlap=0.0)
+    [five], [four] = (list(prepare(Job(Item('', '', 0, ''), np.ones((8, 8, bands), np.uint16)))) for bands in (5, 4))
+    assert five.data['img'].shape == (8, 8, 5)
+    assert four.sample.error == 'an image of 4 bands, and the model takes 5'
 
 
 def count_until_crash(job: int):

@@ -80,7 +80,10 @@ class Preparer:
         self.loader = Loader(steps[0].get('color_type', 'color'), steps[0].get('imdecode_backend', 'cv2'))
         self._to_float32 = steps[0].get('to_float32', False)
         self._is_rgb = steps[0].get('imdecode_backend') == 'tifffile'
-        self._bands, self._read, self._keep = bands, read, keep_image
+        # Of more than three bands, the pipeline subtracts the means where the preprocessor cannot.
+        means = [step['mean'] for step in steps if type_name(step) == 'Normalize']
+        self._bands = len(means[0]) if means and bands == 1 else bands
+        self._read, self._keep = read, keep_image
         self._slice_size, self._overlap = slice_size, overlap
 
     def __call__(self, job: Job) -> Iterator[Prepared]:
