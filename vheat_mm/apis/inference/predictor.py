@@ -53,7 +53,7 @@ class Predictor:
         half: Weights in float16, too: half of their memory; needs a GPU.
         classes: Names of the classes to keep; all by default. Label maps hold 255 (of 16 bits 65535) elsewhere, and
             probabilities of other classes are 0.
-        score_thr: Of detectors: detections with this score or a lower one are left out. By default as the config
+        score_thr: Of detectors: detections below this score are left out. By default as the config
             shows them, else 0.3.
         slice_size: Cut images that are larger than this many pixels into tiles of this size; not for classifiers.
         overlap: Share of a tile that the next one repeats; objects up to this size are found whole.
@@ -235,7 +235,7 @@ class Predictor:
 
     def _describe_detection(self, output: Any) -> dict[str, Any]:
         found = _part(output, 'pred_instances')
-        keep = found.scores > self.score_thr
+        keep = found.scores >= self.score_thr
         if self._chosen is not None:
             keep &= torch.isin(found.labels, torch.tensor(self._chosen, device=found.labels.device))
         found = found[keep]
