@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from make_demo_data import DemoDataError, make_demo_data
-from PIL import Image
 
 REPO = Path(__file__).resolve().parents[1]
 KEY_LABELS = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
@@ -124,22 +123,6 @@ def newest(folder: Path, pattern: str) -> Path:
     return found[-1]
 
 
-def contact_sheet(pictures: list[Path], out: Path, columns: int = 2, width: int = 640) -> None:
-    """Tile pictures of predictions (ground truth left, prediction right in each) into one PNG."""
-    tiles = []
-    for picture in pictures:
-        with Image.open(picture) as image:
-            height = round(image.height * width / image.width)
-            tiles.append(image.convert('RGB').resize((width, height), Image.Resampling.LANCZOS))
-    gap = 8
-    cell = max(tile.height for tile in tiles) + gap
-    rows = -(-len(tiles) // columns)
-    sheet = Image.new('RGB', (columns * (width + gap) - gap, rows * cell - gap), 'white')
-    for i, tile in enumerate(tiles):
-        sheet.paste(tile, (i % columns * (width + gap), i // columns * cell))
-    sheet.save(out)
-
-
 def relative(path: Path) -> str:
     return os.path.relpath(path)
 
@@ -158,8 +141,8 @@ def report(task: Task, results: dict[str, float], files: dict[str, Path], second
         print(f'  {label:<16}{results.get(key, float("nan")):>8.3f}{verdict}')
     print()
     for label, path in files.items():
-        print(f'  {label:<21} {relative(path)}')
-    print(f'  {"time":<21} {seconds // 60:.0f} min {seconds % 60:02.0f} s')
+        print(f'  {label:<22} {relative(path)}')
+    print(f'  {"time":<22} {seconds // 60:.0f} min {seconds % 60:02.0f} s')
     return reached
 
 
@@ -196,23 +179,25 @@ def demo(name: str, out: Path, processes: int) -> bool:
 
     print('[4/4] pictures', flush=True)
     # mmdet keeps the images' names and type, the others write PNG, in folders of the visualizer or of the classes.
-    pictures = sorted((folder / 'predictions').glob('**/*.[jp][pn]g'), key=lambda picture: picture.name)
-    if not pictures:
-        raise DemoError(f'the test left no pictures in {folder / "predictions"}')
-    drawn = Path(os.path.commonpath([picture.parent for picture in pictures]))
-    contact_sheet(pictures[:6], folder / 'predictions.png')
-    plot = REPO / 'tools' / 'visualization' / 'plot_curves.py'
+    pictures = list((folder / 'predictions').glob('**/*.[jp][pn]g'))
+    tools = REPO / 'tools' / 'visualization'
+    worst = folder / 'predictions.png'
+    run_logged(
+        [sys.executable, str(tools / 'heat.py'), 'predictions', task.config, str(checkpoint), '--out', str(worst)],
+        folder / 'pictures.log',
+        environment,
+    )
     run_logged(
         [
-            *(sys.executable, str(plot), str(work_dir), '--out', str(folder / 'curves.png')),
+            *(sys.executable, str(tools / 'plot_curves.py'), str(work_dir), '--out', str(folder / 'curves.png')),
             *('--title', f'vHeat demo: {name}, from scratch'),
         ],
         folder / 'plot.log',
         environment,
     )
     files = {
-        'predictions, six': folder / 'predictions.png',
-        f'predictions, all {len(pictures)}': drawn,
+        'predictions, worst six': worst,
+        f'predictions, all {len(pictures)}': folder / 'predictions',
         'loss and score curves': folder / 'curves.png',
         'checkpoint': checkpoint,
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +51,8 @@ def read_dataset(cfg: Any, task: str) -> Iterator[Truth]:
     described = cfg.test_dataloader.dataset
     steps = [step for step in described.get('pipeline') or [] if 'Annotations' in type_name(step)]
     try:
-        dataset = DATASETS.build({**described, 'pipeline': [], 'test_mode': True})
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+            dataset = DATASETS.build({**described, 'pipeline': [], 'test_mode': True})
         load_map = Compose(steps)
     except Exception as error:
         raise ToolError(f'cannot build the data set test_dataloader.dataset: {describe_building(error)}') from error
