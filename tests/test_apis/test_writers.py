@@ -18,6 +18,7 @@ from vheat_mm.apis.inference.label_maps import LabelMapWriter
 from vheat_mm.apis.inference.painting import PaintedWriter, _Look, displayable, paint
 from vheat_mm.apis.inference.parts import Key, PartFile, Parts
 from vheat_mm.apis.inference.types import Item, Prediction
+from vheat_mm.apis.inference.video import VideoWriter
 from vheat_mm.utils.errors import ToolError
 from vheat_mm.utils.torchvision import ensure_torchvision
 
@@ -108,7 +109,7 @@ class TestCoco:
         assert [entry['score'] for entry in json.loads(content)['annotations']] == [pytest.approx(0.2)]
 
     def test_boxes_alone(self, tmp_path):
-        target, _ = self.write(tmp_path, [detection(with_masks=False)], score_thr=0.0)
+        target, _ = self.write(tmp_path, [detection(with_masks=False)], score_thr=float(np.float32(0.2)))
         annotations = load_coco(target).dataset['annotations']
         assert [annotation['area'] for annotation in annotations][1:] == [900.0, 16.0]
         assert 'segmentation' not in annotations[0]
@@ -265,6 +266,12 @@ class TestPaint:
         for row in (10, 50):
             assert (painted[row] == np.array(PALETTE[1])[::-1]).all()
 
+    def test_labels_stay_inside(self):
+        prediction = detection(size=(300, 400), with_masks=False)
+        prediction.boxes = np.array([[50, 0, 200, 100]] * 3, np.float32)
+        painted = paint(prediction, CLASSES, PALETTE, 0.7)
+        assert (painted[2:12, 53:90] == np.array(PALETTE[1])[::-1]).all(axis=2).mean() > 0.3  # the label's ground
+
     def test_small_images_have_no_labels(self):
         pytest.importorskip('pycocotools')
         prediction = detection()
@@ -309,7 +316,8 @@ class TestPaint:
     def test_names_that_no_font_has(self, monkeypatch):
         """Latin-1 is drawn; characters that no font has give the class's number, not frames."""
         font_manager = pytest.importorskip('matplotlib.font_manager')
-        monkeypatch.setattr(font_manager.fontManager, 'ttflist', [])
+        fonts = font_manager.fontManager.ttflist
+        monkeypatch.setattr(font_manager.fontManager, 'ttflist', [font for font in fonts if 'Last' in font.name])
         look = _Look(('Nüßchen é', '\U000f0000'), PALETTE, 12)
         assert [look.name(label) for label in range(3)] == ['Nüßchen é', 'class 1', 'class 2']
         assert Path(look.font_path()).name == 'DejaVuSans.ttf'
@@ -323,7 +331,7 @@ class TestPaintedWriter:
 
     def frames(self, count, size=(97, 131), **changes):
         for frame in range(count):
-            image = np.full((*size, 3), 250 if frame % 2 else 10, np.uint8)
+            image = np.tile(np.array([10, 40, 230] if frame % 2 else [200, 90, 30], np.uint8), (*size, 1))
             last = frame == count - 1
             yield detection('in/clip.mp4', frame=frame, fps=29.97, last=last, size=size, image=image, **changes)
 
@@ -380,6 +388,25 @@ class TestPaintedWriter:
         writer.close()
         writer.write(detection('none.mp4', frame=0, error='no frames', image=None))
         assert [path.name for path in tmp_path.rglob('*')] == ['in']
+
+        for prediction in list(self.frames(2))[:1]:
+            writer.write(prediction)
+        writer.write(detection('b.mp4', 1, frame=0))  # a video that never came to its end is complete then
+        assert sorted(path.name for path in tmp_path.rglob('*.*')) == ['b.mp4', 'clip.mp4']
+
+    def test_frames_of_other_sizes(self, tmp_path):
+        av = pytest.importorskip('av')
+        video = VideoWriter(tmp_path / 'a.mp4', 25)
+        for size in ((40, 60), (80, 60)):
+            video.write(np.zeros((*size, 3), np.uint8))
+        video.close()
+        with av.open(str(tmp_path / 'a.mp4')) as container:
+            assert [(frame.height, frame.width) for frame in container.decode(video=0)] == [(40, 60)] * 2
+        video = VideoWriter(tmp_path / 'b.mp4', 25)
+        video.write(np.zeros((40, 60, 3), np.uint8))
+        with pytest.raises(ValueError, match='dtype'):
+            video.write(np.zeros((40, 60, 3), np.float64))
+        assert [path.name for path in tmp_path.iterdir()] == ['a.mp4']
 
     def test_full_disk(self, writer, tmp_path, monkeypatch):
         """The system says so when data are written to the disk, at the latest."""

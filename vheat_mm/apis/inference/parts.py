@@ -33,7 +33,7 @@ def report_full_disk(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        free = shutil.disk_usage(target.parent).free / 2**20
+        free = shutil.disk_usage(next(folder for folder in target.absolute().parents if folder.exists())).free / 2**20
         left = f'{free:.1f} MiB of the disk are free' if error.errno == errno.ENOSPC else 'your quota is used up'
         raise ToolError(
             f'{target} cannot be written: no space left in {target.parent} ({left}); what is complete has been kept: '

@@ -7,7 +7,6 @@ and its wheels have none for H.264.
 from __future__ import annotations
 
 import contextlib
-import math
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ class VideoWriter:
         import av
 
         self.target = target
-        known = fps is not None and math.isfinite(fps) and 0 < fps <= _LONGEST
+        known = fps is not None and 0 < fps <= _LONGEST  # not NaN
         self._rate = Fraction(fps).limit_denominator(100_000) if known and fps is not None else Fraction(_USUAL_FPS)
         self._size: tuple[int, int] | None = None  # (height, width)
         self._resizes = False
@@ -110,7 +109,7 @@ class VideoWriter:
             print_log(
                 f'{self.target.name}: H.264 needs even sides, the edge of {width}x{height} is repeated', 'current'
             )
-        self._stream = self._container.add_stream('libx264', rate=self._rate, options=_ENCODER)
+        self._stream = self._container.add_stream('h264', rate=self._rate, options=_ENCODER)
         self._stream.width, self._stream.height = width + width % 2, height + height % 2
         self._stream.pix_fmt = 'yuv420p'
         context = self._stream.codec_context
