@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.fileio import LocalBackend, register_backend
 from trained_models import CLASSES, CLASSIFIER, DETECTOR, SEGMENTOR, write
 
 from vheat_mm.apis.inference import Item, Prediction, Predictor, Sample
@@ -22,6 +23,7 @@ from vheat_mm.apis.inference.predictor import encode_masks
 from vheat_mm.apis.inference.preparing import Job, Preparer
 from vheat_mm.apis.inference.read_ahead import WorkerDied, read_ahead
 from vheat_mm.apis.inference.slicing import merge_detections, merge_label_maps, tiles_of
+from vheat_mm.engine import fileio
 from vheat_mm.utils.errors import CheckpointError, ToolError
 from vheat_mm.utils.torchvision import ensure_torchvision
 
@@ -173,6 +175,23 @@ def test_a_broken_input_is_one_error(models, images, tmp_path):
     assert (broken.image, broken.boxes, broken.size) == (None, None, (0, 0))
     assert failing.error.startswith('out of memory at 64 x 48 pixels: use a smaller --batch-size')
     assert missing.error == 'no such file or directory'
+
+
+def test_limit_of_pixels_holds_for_the_file_backend_of_the_tools(models, images, monkeypatch):
+    monkeypatch.setenv('OPENCV_IO_MAX_IMAGE_PIXELS', '1000')
+    fileio.install()
+    try:
+        for limit, error in (
+            (None, '64 x 48 pixels, more than 1000'),
+            (5000, None),
+            (3000, '64 x 48 pixels, more than 3'),
+        ):
+            [prediction] = Predictor(*models('classifier'), device='cpu', max_pixels=limit).predict_items(images[:1])
+            assert (prediction.error or '').startswith(error or '')
+            assert (prediction.error is None) == (error is None), prediction.error
+        assert os.environ['OPENCV_IO_MAX_IMAGE_PIXELS'] == '1000'
+    finally:
+        register_backend('local', LocalBackend, prefixes='', force=True)
 
 
 def test_other_bands_are_told_by_both_numbers():

@@ -24,6 +24,7 @@ from vheat_mm.apis.inference.reading import read
 from vheat_mm.apis.inference.slicing import Tile, import_supervision, merge_detections, merge_label_maps
 from vheat_mm.apis.inference.sources import list_items
 from vheat_mm.apis.inference.types import Item, Prediction
+from vheat_mm.datasets.checks.images import LIMIT
 from vheat_mm.engine.hooks.annotation_check_hook import count_bands
 from vheat_mm.utils.config_place import did_you_mean
 from vheat_mm.utils.dist import unwrap
@@ -158,6 +159,8 @@ class Predictor:
         return self._predict(self._read_ahead(items))
 
     def _read(self, item: Item) -> Iterator[Any]:
+        if self._max_pixels is not None:  # in the process that reads: the tools' file backend has the same limit
+            os.environ[LIMIT] = str(self._max_pixels)
         return read(item, self._max_pixels, self._prepare.loader)
 
     def _read_ahead(self, items: Sequence[Item]) -> Iterator[Prepared]:

@@ -24,7 +24,7 @@ from vheat_mm.utils.files import read_regular
 from vheat_mm.utils.text import summarize_error
 
 _MAX_DECODED = 2**29  # bytes of a decoded image
-_LIMIT = 'OPENCV_IO_MAX_IMAGE_PIXELS'  # environment variable of OpenCV, which has no other way to set its own limit
+LIMIT = 'OPENCV_IO_MAX_IMAGE_PIXELS'  # environment variable of OpenCV, which has no other way to set its own limit
 # Those that OpenCV decodes. Others that Pillow knows, such as TGA, begin like any binary file.
 _FORMATS = ('JPEG', 'PNG', 'BMP', 'TIFF', 'WEBP', 'GIF', 'JPEG2000', 'PPM', 'SUN', 'AVIF')
 _RADIANCE = re.compile(rb'#\?(?:RADIANCE|RGBE)\n.*?\n\n[-+]Y (\d{1,9}) [-+]X (\d{1,9})\n', re.DOTALL)
@@ -216,7 +216,7 @@ def read_header(content: bytes) -> Any:
 
 def max_pixels(bytes_per_pixel: int = 3) -> int:
     """Pixels that an image may have; ``OPENCV_IO_MAX_IMAGE_PIXELS``, or as many as are 512 MiB when decoded."""
-    text = os.environ.get(_LIMIT, '')
+    text = os.environ.get(LIMIT, '')
     return int(text) if text.isdecimal() else _MAX_DECODED // bytes_per_pixel
 
 
@@ -230,7 +230,7 @@ def read_image(path: str | Path) -> bytes:
         return read_regular(path, 6 * max_pixels())
     except OSError as error:
         if error.errno == errno.EFBIG:
-            error.strerror = f'{error.strerror}: cut it into tiles, or raise {_LIMIT}'
+            error.strerror = f'{error.strerror}: cut it into tiles, or raise {LIMIT}'
         raise
 
 
@@ -247,7 +247,7 @@ def refuse_size(content: bytes, header: Any) -> str:
         width, height, limit = int(match[2]), int(match[1]), max_pixels(bytes_per_pixel=12)
     if width * height <= limit:
         return ''
-    return f'{width} x {height}, more than {limit} pixels: cut it into tiles, or set {_LIMIT}={width * height}'
+    return f'{width} x {height}, more than {limit} pixels: cut it into tiles, or set {LIMIT}={width * height}'
 
 
 def is_truncated(content: bytes, header: Any) -> bool:
