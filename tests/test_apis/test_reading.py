@@ -102,6 +102,9 @@ def test_other_files(tmp_path, said):
     for name in ('folder.jpg', 'pipe.jpg', 'device.jpg'):
         assert load(tmp_path / name).endswith('expected a regular file')
         assert 'expected a regular file' in next(read(item(tmp_path / name, True))).error
+    with (tmp_path / 'long.jpg').open('wb') as file:
+        file.truncate(2 << 30)
+    assert 'more than 1073741820; --max-pixels raises the limit' in load(tmp_path / 'long.jpg')
     assert said == []
 
 

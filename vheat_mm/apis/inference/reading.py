@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import tempfile
@@ -62,12 +63,13 @@ def read(item: Item, max_pixels: int | None = None, loader: Loader | None = None
                     _say_once(note, item)
                 yield Sample(item)
     except Exception as error:  # decoders raise all kinds
-        yield Sample(item, error=_one_line(error, item))
+        yield Sample(item, error=_one_line(error))
 
 
-def _one_line(error: Exception, item: Item) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return first_line(error.strerror[:1].lower() + error.strerror[1:], 300)
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:  # without the path, which is the input's
+        hint = '; --max-pixels raises the limit' if error.errno == errno.EFBIG else ''
+        return first_line(error.strerror[:1].lower() + error.strerror[1:] + hint, 300)
     return first_line(' '.join(describe(error).split()), 300)
 
 
