@@ -19,9 +19,9 @@ from mmengine.fileio import LocalBackend, register_backend
 from trained_models import CLASSES, CLASSIFIER, DETECTOR, SEGMENTOR, write
 
 from vheat_mm.apis.inference import Item, Prediction, Predictor, Sample
-from vheat_mm.apis.inference.predictor import encode_masks
 from vheat_mm.apis.inference.preparing import Job, Preparer
 from vheat_mm.apis.inference.read_ahead import WorkerDied, read_ahead
+from vheat_mm.apis.inference.rle import encode_masks
 from vheat_mm.apis.inference.slicing import merge_detections, merge_label_maps, tiles_of
 from vheat_mm.engine import fileio
 from vheat_mm.utils.errors import CheckpointError, ToolError
@@ -258,6 +258,17 @@ def test_tiles_cover_an_image_once():
         assert [tile.is_last for tile in tiles] == [False] * (len(tiles) - 1) + [True]
         for one, other in itertools.pairwise(sorted({tile.columns for tile in tiles})):
             assert one.stop - other.start >= int(size * overlap)
+
+
+def test_encodings_are_those_of_pycocotools():
+    """Also of masks that touch the sides, hold all pixels, or none."""
+    from pycocotools import mask
+
+    y, x = np.mgrid[:30, :40]
+    conditions = [x > 35, y < 2, x < 3, (x + y) % 3 == 0, x > -1, x < 0, (x > 10) & (x < 20) & (y > 25), y == 29]
+    masks = np.stack([*conditions, RNG.random((30, 40)) < 0.5])
+    expected = [mask.encode(np.asfortranarray(one, dtype=np.uint8)) for one in masks]
+    assert encode_masks(masks) == encode_masks(torch.from_numpy(masks)) == expected
 
 
 @pytest.mark.parametrize('with_masks', [True, False])

@@ -21,6 +21,7 @@ from vheat_mm.apis.inference.model import check_device, load_model
 from vheat_mm.apis.inference.preparing import Job, Prepared, Preparer, failed, one_line
 from vheat_mm.apis.inference.read_ahead import WorkerDied, read_ahead
 from vheat_mm.apis.inference.reading import read
+from vheat_mm.apis.inference.rle import encode_masks
 from vheat_mm.apis.inference.slicing import Tile, import_supervision, merge_detections, merge_label_maps
 from vheat_mm.apis.inference.sources import list_items
 from vheat_mm.apis.inference.types import Item, Prediction
@@ -288,14 +289,6 @@ class Predictor:
                 hint = did_you_mean(str(name), self.classes)
                 raise ToolError(f'classes: the model knows no {name!r}{hint}; it knows {some_of(self.classes, 100)}')
         return [number for number, name in enumerate(self.classes) if name in names]
-
-
-def encode_masks(masks: Any) -> list[dict[str, Any]]:
-    """Run-length encodings, as of pycocotools, of (N, height, width) booleans."""
-    from pycocotools import mask as coco_mask
-
-    dense = masks.cpu().numpy() if isinstance(masks, torch.Tensor) else np.asarray(masks)
-    return [coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in dense]
 
 
 def _part(output: Any, name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vheat_mm.apis.inference.rle import encode_crop
 from vheat_mm.utils.errors import ToolError
 
 # Share of the smaller of two boxes or masks of a class from which both are the same object: of one that a tile cuts,
@@ -115,8 +116,9 @@ def merge_detections(pieces: Sequence[tuple[Tile, dict[str, Any]]], size: tuple[
     merged = merged.with_nms(threshold=SAME_OBJECT, overlap_metric=sv.OverlapMetric.IOS)
     merged = merged[np.argsort(-merged.data['score'], kind='stable')]
     masks = None
-    if has_masks:  # one at a time: all of a large image would be gigabytes
-        masks = [coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in merged.mask]
+    if has_masks:
+        corners = merged.mask.offsets.tolist()
+        masks = [encode_crop(merged.mask.crop(place), *corner, size) for place, corner in enumerate(corners)]
     return dict(boxes=merged.xyxy, scores=merged.data['score'], labels=merged.class_id, masks=masks)
 
 
