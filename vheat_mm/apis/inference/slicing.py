@@ -118,7 +118,7 @@ def merge_detections(pieces: Sequence[tuple[Tile, dict[str, Any]]], size: tuple[
     masks = None
     if has_masks:
         corners = merged.mask.offsets.tolist()
-        masks = [encode_crop(merged.mask.crop(place), *corner, size) for place, corner in enumerate(corners)]
+        masks = [encode_crop(merged.mask.crop(place), x, y, size) for place, (x, y) in enumerate(corners)]
     return dict(boxes=merged.xyxy, scores=merged.data['score'], labels=merged.class_id, masks=masks)
 
 
