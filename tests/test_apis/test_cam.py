@@ -141,6 +141,7 @@ def test_segmentor_equals_the_logits_of_the_class_before_the_last_layer():
     assert expected.shape[2:] == cam.grid == (24, 16)
     expected = nn.functional.interpolate(expected, (96, 64), mode='bilinear')[0, 0]
     np.testing.assert_allclose(cam.heat, expected / expected.max(), atol=1e-5)
+    explain(model, data, 'segmentation', classes, layer='decode_head.fpn_bottleneck.bn')  # a ReLU in place follows
     # The largest share is explained by default, and what is predicted nowhere is an error.
     last.bias.data[:] = torch.tensor([9e3, 0, 0, 0])
     assert explain(model, data, 'segmentation', classes).target == 'brick, 100% of the image'

@@ -186,9 +186,10 @@ def _tap(layer: nn.Module) -> Iterator[list[list[Tensor]]]:
         given = list(output) if isinstance(output, (tuple, list)) else [output]
         if not given or not all(isinstance(x, Tensor) and x.is_floating_point() for x in given):
             raise ToolError(f'the layer returns {type(output).__name__}, not maps: choose another')
-        new = {id(x): x.data.requires_grad_() for x in given}  # a map that is returned twice stays one
-        calls.append(list(new.values()))
-        return new[id(output)] if given[0] is output else type(output)([new[id(x)] for x in given])
+        maps = {id(x): x.data.requires_grad_() for x in given}  # a map that is returned twice stays one
+        calls.append(list(maps.values()))
+        passed = {key: x.clone() for key, x in maps.items()}  # which a ReLU may write to
+        return passed[id(output)] if given[0] is output else type(output)([passed[id(x)] for x in given])
 
     handle = layer.register_forward_hook(cut)
     try:
