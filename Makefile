@@ -10,7 +10,7 @@ RUN := $(abspath $(VENV))/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seg demo-cls test speed lint package format doctor clean clean-env
+.PHONY: help setup demo demo-seg demo-cls gallery test speed lint package format doctor clean clean-env
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ demo-seg: setup ## the same for a small vHeat UPerNet
 
 demo-cls: setup ## the same for a small vHeat classifier of textures
 	@$(RUN) demo/demo.py classification --out "$(or $(OUT),demo_out)"
+
+gallery: setup ## docs/gallery.md and its pictures, from what make demo demo-seg demo-cls left in OUT
+	@$(RUN) .dev_scripts/make_gallery.py --demos "$(or $(OUT),demo_out)"
 
 test: setup ## all tests
 	@$(RUN) -m pytest
