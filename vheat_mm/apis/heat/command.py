@@ -7,11 +7,18 @@ import functools
 from collections.abc import Sequence
 
 from vheat_mm.apis.errors import run_reporting_errors
-from vheat_mm.apis.heat import cam, comparison
+from vheat_mm.apis.heat import cam, comparison, diffusivity, embeddings, erf, spread
 from vheat_mm.engine import fileio
 
 # Each has add_arguments(parser) and run(args), which writes args.out; its docstring's first line is the help.
-KINDS = {'cam': cam, 'predictions': comparison}
+KINDS = {
+    'cam': cam,
+    'predictions': comparison,
+    'erf': erf,
+    'spread': spread,
+    'diffusivity': diffusivity,
+    'embeddings': embeddings,
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
