@@ -1,6 +1,7 @@
 # For a fresh machine with Python 3.10+, a C++ compiler, make and git.
 #   make demo                      train, test and draw predictions on a small data set
 #   make test                      all tests
+#   make page                      try the demo's models on a page in the browser
 #   make setup PYTHON=python3.12   another interpreter
 #   make setup VENV=~/envs/vheat   another place
 
@@ -10,7 +11,7 @@ RUN := $(abspath $(VENV))/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seg demo-cls gallery test speed lint package format doctor clean clean-env
+.PHONY: help setup demo demo-seg demo-cls gallery page test speed lint package format doctor clean clean-env
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +31,9 @@ demo-cls: setup ## the same for a small vHeat classifier of textures
 
 gallery: setup ## docs/gallery.md and its pictures, from what make demo demo-seg demo-cls left in OUT
 	@$(RUN) .dev_scripts/make_gallery.py --demos "$(or $(OUT),demo_out)"
+
+page: setup ## a page in the browser with the demos' models, on port PORT
+	@$(RUN) tools/web_demo.py --demo "$(or $(OUT),demo_out)" --port "$(or $(PORT),7860)"
 
 test: setup ## all tests
 	@$(RUN) -m pytest
