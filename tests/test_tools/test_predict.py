@@ -260,6 +260,16 @@ def test_two_processes_write_what_one_writes(place, capfd):
     assert sorted(journals) == ['000002-000000.journal', '000002-000001.journal']
 
 
+def test_chosen_classes_with_an_annotation_file_that_lacks_the_others(place, data, capfd):
+    truth = json.loads((data / 'coco.json').read_text())
+    truth['categories'] = [dict(id=40, name='disc')]
+    (place / 'discs.json').write_text(json.dumps(truth))
+    options = (data / 'images', '--out', 'discs', '--save', 'coco', '--score-thr', 0, '--ann-file', 'discs.json')
+    assert "'box'" in call_failing(capfd, run_prediction, CONFIG, CHECKPOINT, *options, cwd=place)
+    predict(place, *options, '--classes', 'disc')
+    assert {entry['category_id'] for entry in load(place / 'discs')['annotations']} == {40}
+
+
 def test_a_full_disk(place, data, capfd, monkeypatch):
     written = []
 

@@ -105,7 +105,8 @@ class _Command:
         processes = self.processes
         items = [Item(*fields) for fields in processes.share('items', self._list)]
         predictor = self._load()
-        results = Results(self.args.save, self.out, predictor, items, self.args.ann_file)
+        args = self.args
+        results = Results(args.save, self.out, predictor, items, args.ann_file, args.classes)
         plan = processes.share('plan', lambda: self._plan(items, predictor, results))
         todo = [items[place] for place in plan['left']]
         stamps = {item.name: Stamp(*stamp) for item, stamp in zip(todo, plan['stamps'], strict=True)}

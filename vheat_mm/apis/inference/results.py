@@ -41,6 +41,7 @@ class Results:
         predictor: Its task, classes, colours and threshold.
         items: All inputs of the run.
         ann_file: See :class:`~vheat_mm.apis.inference.coco.CocoIds`.
+        chosen: Names of the classes that are predicted; all by default.
 
     Raises:
         ToolError: A kind or ``ann_file`` does not fit the task; supervision is missing; see also ``CocoIds``.
@@ -53,6 +54,7 @@ class Results:
         predictor: Predictor,
         items: Sequence[Item],
         ann_file: str | None = None,
+        chosen: Sequence[str] | None = None,
     ) -> None:
         self.kinds = tuple(dict.fromkeys(kinds or DEFAULTS[predictor.task]))
         for kind in self.kinds:
@@ -68,7 +70,7 @@ class Results:
                 f'--save {others}'
             )
         self._out, self._predictor, self._items = out, predictor, items
-        self._ids = CocoIds(predictor.classes, ann_file) if 'coco' in self.kinds else None
+        self._ids = CocoIds(predictor.classes, ann_file, chosen) if 'coco' in self.kinds else None
 
     def writers(self, part: str) -> list[Writer]:
         """A writer for each kind.
