@@ -197,7 +197,7 @@ def run(args: argparse.Namespace) -> None:
             f'stage {response.stage}: sum {response.start.sum():.4f} -> {response.heat.sum():.4f}, '
             f'{response.inside:.1%} stays in the patches'
         )
-    save_figure(spread_figure(image, patches, found, label), args.out, palette=True)
+    save_figure(spread_figure(image, patches, found, label), args.out)
     if args.gif:
         write_gif(image, args.gif)
 
