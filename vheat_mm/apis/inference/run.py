@@ -19,7 +19,7 @@ from mmengine.logging import print_log
 
 from vheat_mm.apis.inference.journal import Journal, Stamp, sweep
 from vheat_mm.apis.inference.types import Prediction
-from vheat_mm.utils.process import INTERRUPTED, handle_signals
+from vheat_mm.utils.process import INTERRUPTED, handle_signals, process_rank
 
 _AHEAD = 4  # predictions that wait to be written
 _LINES = 30.0  # seconds between two lines of progress in a log
@@ -136,7 +136,8 @@ class StopSignals:
         if self.number is None:
             self.number, self._since = number, now
             again = '; Ctrl-C again ends at once' if number == signal.SIGINT else ''
-            os.write(2, f'\n{signal.Signals(number).name}: writing what is predicted{again}\n'.encode())
+            if process_rank() == 0:
+                os.write(2, f'\n{signal.Signals(number).name}: writing what is predicted{again}\n'.encode())
             return
         copies = 'TORCHELASTIC_RUN_ID' in os.environ and now - self._since < _ONE_PRESS
         if number == signal.SIGINT and not copies:
