@@ -65,6 +65,11 @@ class Paths:
     def data(self, name: str) -> str:
         return str(self.demos / 'data' / name)
 
+    def swin(self) -> list[str]:
+        """The checkpoint of a Swin trained as the demo's detector, if there is one."""
+        note = self.demos / 'swin' / 'train' / 'last_checkpoint'
+        return [note.read_text().strip()] if note.is_file() else []
+
     def run(self, *command: str) -> str:
         """Run a tool of the repository and return what it printed.
 
@@ -213,6 +218,63 @@ def cam_segmentor(paths: Paths, target: Path) -> Entry:
     return heat(paths, target, 'What a segmentation is decided by', caption, *command)
 
 
+def erf(paths: Paths, target: Path) -> Entry:
+    caption = (
+        'Effective receptive field of the last map: mean over 50 images of the gradient of its centre, to the power of '
+        '0.2. Training widens that of vHeat. Beside it: Swin of the same widths and depths, and networks of timm.'
+    )
+    images = ['--images', paths.data('coco/train'), '--number', '50']
+    command = ['erf', CONFIGS['detection'], paths.checkpoint('detection'), '--before']
+    of_timm = ([f'timm:{name}'] for name in ('swin_tiny_patch4_window7_224', 'convnext_atto', 'resnet18'))
+    for other in (['configs/demo/mask-rcnn_swin-demo_coins.py', *paths.swin()], *of_timm):
+        command += ['--beside', *other]
+    return heat(paths, target, 'How far the network sees', caption, *command, *images)
+
+
+def spread(paths: Paths, target: Path) -> Entry:
+    caption = (
+        'Heat from two patches of a photograph, through time under constant diffusivity, and as the diffusivity that '
+        'each stage has learnt lets it flow in one block: little. The sums stay.'
+    )
+    command = [
+        'spread',
+        CONFIGS['detection'],
+        paths.checkpoint('detection'),
+        '--image',
+        paths.data(PHOTOS['detection'][1]),
+    ]
+    return heat(paths, target, 'Heat conduction', caption, *command)
+
+
+def spread_time(paths: Paths, target: Path) -> Entry:
+    caption = 'The photograph itself through time, under constant diffusivity.'
+    command = [
+        'spread',
+        CONFIGS['detection'],
+        paths.checkpoint('detection'),
+        '--image',
+        paths.data(PHOTOS['detection'][1]),
+    ]
+    command += ['--size', '160', '--gif', str(target)]
+    paths.run(HEAT, *command, '--out', str(target.with_suffix('.png')))
+    return Entry('A photograph cools', caption, [paths.shown(HEAT, *command)])
+
+
+def diffusivity(paths: Paths, target: Path) -> Entry:
+    caption = (
+        'Diffusivity k and decay of every frequency, as each block has learnt them in ten epochs: how fast heat flows '
+        'differs between the stages, but over the frequencies k is still as random, and the picture says so.'
+    )
+    command = ['diffusivity', CONFIGS['detection'], paths.checkpoint('detection')]
+    return heat(paths, target, 'Learnt diffusivity', caption, *command)
+
+
+def embeddings(paths: Paths, target: Path) -> Entry:
+    caption = 'Frequency value embeddings for 256 pixels, resized to 512 in each mode, and what it does to frequencies.'
+    command = ['embeddings', CONFIGS['detection'], paths.checkpoint('detection'), '--to', '512']
+    return heat(paths, target, 'Embeddings for larger images', caption, *command)
+
+
 PICTURES: dict[str, Callable[[Paths, Path], Entry]] = {
     'painted': painted,
     'sliced': sliced,
@@ -221,7 +283,13 @@ PICTURES: dict[str, Callable[[Paths, Path], Entry]] = {
     'cam_classifier': cam_classifier,
     'cam_detector': cam_detector,
     'cam_segmentor': cam_segmentor,
+    'erf': erf,
+    'spread': spread,
+    'spread_time': spread_time,
+    'diffusivity': diffusivity,
+    'embeddings': embeddings,
 }
+ANIMATED = {'spread_time'}
 
 
 # ---- the page ----
@@ -271,7 +339,7 @@ def make_gallery(demos: Path, only: list[str] | None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         paths = Paths(demos, Path(scratch))
         for name in only or PICTURES:
-            target = Path(scratch, f'{name}.png')
+            target = Path(scratch, f'{name}.gif' if name in ANIMATED else f'{name}.png')
             entry = PICTURES[name](paths, target)
             picture = compress(target)
             for old in IMAGES.glob(f'{name}.*'):
