@@ -16,12 +16,15 @@ import numpy as np
 from mmengine.registry import DefaultScope
 
 from vheat_mm.apis.heat.cam import cam_figure, explain
+from vheat_mm.apis.heat.diffusivity import diffusivities, diffusivity_figure, warn_of
 from vheat_mm.apis.heat.images import prepare_images
+from vheat_mm.apis.heat.networks import Network, has_initial_values, vheat_of
+from vheat_mm.apis.heat.spread import PATCHES, resize_to_patches, responses, spread_figure
 from vheat_mm.apis.inference import Item, Prediction, Predictor
 from vheat_mm.apis.inference.class_table import table_entries
 from vheat_mm.apis.inference.coco import to_coco
 from vheat_mm.apis.inference.model import LoadedModel
-from vheat_mm.apis.inference.painting import paint
+from vheat_mm.apis.inference.painting import displayable, paint
 from vheat_mm.utils.errors import ToolError
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ class Model:
     Attributes:
         predictor: Returns detections from the page's lowest threshold on.
         score_thr: The threshold with which the config shows them.
+        checkpoint: Name of its file.
         network: Seconds that the network took for the last image.
     """
 
@@ -50,6 +54,7 @@ class Model:
         self.predictor = found = Predictor(config, checkpoint, device=device, max_pixels=max_pixels)
         self.score_thr, found.score_thr = found.score_thr, LOWEST
         self.loaded = LoadedModel(found.model, found.cfg, found.task, found.classes, found.palette, self.score_thr)
+        self.checkpoint = Path(checkpoint).name
         self.network = self._started = 0.0
         self.predictor.model.register_forward_pre_hook(self._start)
         self.predictor.model.register_forward_hook(self._stop)
@@ -79,8 +84,29 @@ def _draw_cam(model: Model, image: np.ndarray, target: str | None) -> Figure:
     return cam_figure([[found]])
 
 
+def _network(model: Model) -> Network:
+    label = f'{Path(str(model.loaded.cfg.filename)).stem}, {model.checkpoint}'
+    return Network(model.loaded.model.get_submodule('backbone'), label, True)
+
+
+def _draw_spread(model: Model, image: np.ndarray, _: str | None) -> Figure:
+    network = _network(model)
+    photograph = resize_to_patches(np.ascontiguousarray(displayable(image)[..., ::-1]))
+    found = responses(vheat_of(network), PATCHES, (photograph.shape[0], photograph.shape[1]))
+    return spread_figure(photograph, PATCHES, found, network.label)
+
+
+def _draw_diffusivity(model: Model, _image: np.ndarray, _: str | None) -> Figure:
+    network = _network(model)
+    vheat = vheat_of(network)
+    blocks = diffusivities(vheat, vheat.img_size)
+    return diffusivity_figure(blocks, network.label, warn_of(blocks, has_initial_values(vheat)))
+
+
 HEAT = {
     'Grad-CAM': HeatKind('Where the image speaks for a class: the gradient of its score at the backbone.', _draw_cam),
+    'Spread': HeatKind('Heat from two patches: through time, and as each stage lets it flow.', _draw_spread),
+    'Diffusivity': HeatKind('What the blocks have learnt, which is the same for all images.', _draw_diffusivity),
 }
 
 

@@ -119,6 +119,19 @@ def diffusivity_figure(blocks: Sequence[Diffusivity], label: str, warning: str =
     return figure
 
 
+def warn_of(blocks: Sequence[Diffusivity], untrained: bool) -> str:
+    """What keeps maps of k from being read as something learnt; empty if nothing does."""
+    if untrained:
+        return 'UNTRAINED: these are the random values of the initialisation, nothing learnt'
+    doubtful = [block for block in blocks if block.doubt()]
+    if not doubtful:
+        return ''
+    return (
+        f'k looks random or nearly constant over the modes in {len(doubtful)} of {len(blocks)} blocks: '
+        'read its mean there, not its map'
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the kind ``diffusivity``."""
     add_network_arguments(parser)
@@ -134,15 +147,7 @@ def run(args: argparse.Namespace) -> None:
     model = vheat_of(network)
     blocks = diffusivities(model, (args.size, args.size) if args.size else model.img_size)
     untrained = not network.trained or has_initial_values(model)
-    doubtful = [block for block in blocks if block.doubt()]
-    warning = (
-        f'k looks random or nearly constant over the modes in {len(doubtful)} of {len(blocks)} blocks: '
-        'read its mean there, not its map'
-        if doubtful
-        else ''
-    )
-    if untrained:
-        warning = 'UNTRAINED: these are the random values of the initialisation, nothing learnt'
+    warning = warn_of(blocks, untrained)
     for block in blocks:
         note = f'; {block.doubt()}' if block.doubt() else ''
         print(

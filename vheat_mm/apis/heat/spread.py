@@ -36,9 +36,11 @@ if TYPE_CHECKING:
 
 TIMES = (0.0, 2.0, 8.0, 32.0, 128.0, 512.0)  # k t in pixels^2
 GIF_SIDE = 256  # pixels
+SIDE = 320  # pixels
 PATCH = 32  # pixels: one position of the last stage
 POWER = 0.5
 Patch = tuple[float, float]
+PATCHES: list[Patch] = [(0.3, 0.3), (0.7, 0.6)]
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,13 @@ def write_gif(image: np.ndarray, out: str | Path, frames: int = 20) -> None:
         small[0].save(file, 'GIF', save_all=True, append_images=small[1:], duration=durations, loop=0)
 
 
+def resize_to_patches(image: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """An image (H, W, 3) uint8 with ``side`` pixels on the longer side, and whole patches on both."""
+    height, width = image.shape[:2]
+    sides = [max(PATCH, round(each * side / max(height, width) / PATCH) * PATCH) for each in (width, height)]
+    return np.asarray(Image.fromarray(image).resize((sides[0], sides[1]), Image.Resampling.LANCZOS))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the kind ``spread``."""
     add_network_arguments(parser)
@@ -157,11 +166,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--patches',
         nargs='+',
-        default=['0.3,0.3', '0.7,0.6'],
+        default=[f'{x},{y}' for x, y in PATCHES],
         metavar='X,Y',
         help='centres, shares of width and height',
     )
-    parser.add_argument('--size', type=int, default=320, help='longer side in pixels, a multiple of 32 (320)')
+    parser.add_argument('--size', type=int, default=SIDE, help=f'longer side in pixels, a multiple of {PATCH} ({SIDE})')
     parser.add_argument('--gif', metavar='FILE', help='also write the photograph through time')
 
 
@@ -177,21 +186,20 @@ def run(args: argparse.Namespace) -> None:
     if len(opened) != 1:
         raise ToolError(f'--image {args.image}: {len(opened)} images, give one')
     image = opened[0][1]
-    height, width = image.shape[:2]
-    sides = [max(PATCH, round(side * args.size / max(height, width) / PATCH) * PATCH) for side in (width, height)]
-    image = np.asarray(Image.fromarray(image).resize((sides[0], sides[1]), Image.Resampling.LANCZOS))
+    image = resize_to_patches(image, args.size)
+    size = image.shape[0], image.shape[1]
     network = load_network(args.network, args.checkpoint, device=args.device)
     model = vheat_of(network)
     label = network.label
     if not network.trained or has_initial_values(model):
         label += '\nUNTRAINED: random k, nothing learnt'
-    start = patch_map(patches, (sides[1], sides[0]))[..., None]
+    start = patch_map(patches, size)[..., None]
     for name, first in (('photograph', image / 255), ('patches', start)):
         for kt in TIMES:
             heat = conduct(first, kt)
             low = round(heat.min(), 4) + 0.0  # no -0.0000
             print(f'{name}, k t = {kt:g}: sum {heat.sum():.4f}, values {low:.4f} to {heat.max():.4f}')
-    found = responses(model, patches, (sides[1], sides[0]))
+    found = responses(model, patches, size)
     for response in found:
         print(
             f'stage {response.stage}: sum {response.start.sum():.4f} -> {response.heat.sum():.4f}, '
