@@ -3,6 +3,9 @@
     python .dev_scripts/make_gallery.py [--demos demo_out] [--only cam worst]
 
 Each picture is made by the command that the page shows below it; figures on the page are what that command printed.
+
+The Swin of the receptive fields is untrained, unless ``tools/train.py configs/demo/mask-rcnn_swin-demo_coins.py
+--work-dir demo_out/swin/train`` was run before.
 """
 
 from __future__ import annotations
