@@ -16,6 +16,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend, register_backend
+from mmengine.registry import DefaultScope
 from trained_models import CLASSES, CLASSIFIER, DETECTOR, SEGMENTOR, write
 
 from vheat_mm.apis.inference import Item, Prediction, Predictor, Sample
@@ -145,9 +146,43 @@ def test_arrays_and_frames_give_what_files_give(models, images, monkeypatch):
         assert len(of_file.boxes) > 5
         assert (of_file.boxes == of_array.boxes).all()
         assert (of_file.boxes == of_frame.boxes).all()
-    grey, wrong = predictor([arrays[0][..., 0], arrays[0][..., :2]])
+    grey, one_band, *wrong = predictor(
+        [arrays[0][..., 0], arrays[0][..., :1], arrays[0][..., :2], arrays[0] / np.float32(255), arrays[0][0, 0]]
+    )
     assert grey.error is None
-    assert wrong.error == 'an image of 2 bands, and the model takes 3'
+    assert (grey.boxes == one_band.boxes).all()
+    assert [found.error for found in wrong] == [
+        'an image of 2 bands, and the model takes 3',
+        'an array of float32; the config decodes images to uint8, from 0 to 255',
+        'an array of shape (3,), expected (height, width, bands)',
+    ]
+
+
+def test_a_list_gives_one_prediction_for_each_file(models, images):
+    """Also for a path that is given twice or does not exist; alone, that is a mistyped one."""
+    predictor = Predictor(*models('classifier'), device='cpu')
+    paths = [images[0].path, 'nowhere.jpg', images[2].path, images[0].path]
+    found = list(predictor(iter(paths)))
+    assert [prediction.item.path for prediction in found] == paths
+    assert [prediction.error for prediction in found] == [None, 'no such file or directory', None, None]
+    assert found[0].item.name != found[3].item.name
+    for sources, words in (('nowhere.jpg', "no 'nowhere.jpg'"), ([b'a.jpg'], 'is a bytes'), (7, 'is a int')):
+        with pytest.raises(ToolError, match=words):
+            predictor(sources)
+
+
+def test_models_of_several_libraries_take_turns(models, images):
+    """Each in the scope of its own library, which MMEngine has one of in a process."""
+    predictors = [Predictor(*models(name), device='cpu') for name in ('detector', 'segmentor', 'classifier')]
+    scopes = []
+    for predictor in predictors:
+        predictor.model.register_forward_pre_hook(lambda *_: scopes.append(DefaultScope.get_current_instance()))
+    for found in zip(*(predictor(cv2.imread(images[0].path)) for predictor in predictors), strict=True):
+        assert [prediction.error for prediction in found] == [None] * 3
+    assert [scope.scope_name for scope in scopes] == ['mmdet', 'mmseg', 'mmpretrain']
+    for predictor in predictors:  # as pictures of heat do
+        [prepared] = Preparer(predictor.cfg, 3, iter, False, None, 0)(Job(images[0], cv2.imread(images[0].path)))
+        assert type(prepared.data['data_samples']).__module__.startswith(predictor.cfg.default_scope)
 
 
 def test_a_broken_input_is_one_error(models, images, tmp_path):
@@ -196,7 +231,10 @@ def test_limit_of_pixels_holds_for_the_file_backend_of_the_tools(models, images,
 
 def test_other_bands_are_told_by_both_numbers():
     """Also where the pipeline subtracts the means, as for detectors of more than three bands."""
-    steps = [dict(type='LoadImageFromFile'), dict(type='Normalize', mean=[0.0] * 5, std=[1.0] * 5, to_rgb=False)]
+    steps = [
+        dict(type='LoadImageFromFile', imdecode_backend='tifffile'),
+        dict(type='Normalize', mean=[0.0] * 5, std=[1.0] * 5, to_rgb=False),
+    ]
     cfg = Config(dict(test_dataloader=dict(dataset=dict(pipeline=steps))))
     prepare = Preparer(cfg, 1, iter, keep_image=False, slice_size=None, overlap=0.0)
     [five], [four] = (list(prepare(Job(Item('', '', 0, ''), np.ones((8, 8, bands), np.uint16)))) for bands in (5, 4))

@@ -7,13 +7,11 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from mmengine.registry import DefaultScope
 
 from vheat_mm.apis.heat.cam import cam_figure, explain
 from vheat_mm.apis.heat.diffusivity import diffusivities, diffusivity_figure, warn_of
@@ -58,10 +56,6 @@ class Model:
         self.network = self._started = 0.0
         self.predictor.model.register_forward_pre_hook(self._start)
         self.predictor.model.register_forward_hook(self._stop)
-
-    def scope(self) -> AbstractContextManager:
-        """Within it, MMEngine's registries are those of this model's library, whichever was loaded last."""
-        return DefaultScope.overwrite_default_scope(self.loaded.cfg.default_scope)
 
     def _start(self, *_: Any) -> None:
         self._started = time.perf_counter()
@@ -145,8 +139,7 @@ class Page:
         model = self.models[name]
         start = time.perf_counter()
         item = Item(path, Path(path).name, 0, Path(path).name)
-        with model.scope():
-            (prediction,) = model.predictor.predict_items([item])
+        (prediction,) = model.predictor.predict_items([item])
         if prediction.error is not None:
             raise ToolError(f'{item.name}: {prediction.error}')
         rest = time.perf_counter() - start - model.network
@@ -168,8 +161,7 @@ class Page:
         """
         assert shown.prediction.image is not None
         model = self.models[shown.model]
-        with model.scope():
-            figure = HEAT[kind].draw(model, shown.prediction.image, target)
+        figure = HEAT[kind].draw(model, shown.prediction.image, target)
         path = self._new_folder() / f'{Path(shown.prediction.item.name).stem}_{kind}.png'
         figure.savefig(path)
         return str(path)

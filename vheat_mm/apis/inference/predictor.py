@@ -15,6 +15,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import default_collate, pseudo_collate
 from mmengine.logging import print_log
+from mmengine.registry import DefaultScope
 
 from vheat_mm.apis.config import check_cpu_amp
 from vheat_mm.apis.inference.model import check_device, load_model
@@ -30,7 +31,7 @@ from vheat_mm.engine.hooks.annotation_check_hook import count_bands
 from vheat_mm.utils.config_place import did_you_mean
 from vheat_mm.utils.dist import unwrap
 from vheat_mm.utils.errors import ToolError
-from vheat_mm.utils.text import some_of
+from vheat_mm.utils.text import first_line, some_of
 
 Source = str | os.PathLike | np.ndarray
 IGNORED = 255  # in label maps: pixels of classes that were not chosen; 65535 in those of 16 bits
@@ -130,21 +131,30 @@ class Predictor:
         self._batch_size, self._max_pixels = batch_size, max_pixels
         self._prepare = Preparer(self.cfg, count_bands(unwrap(self.model)), self._read, keep_image, slice_size, overlap)
 
-    def __call__(self, sources: Source | Sequence[Source], recursive: bool = False) -> Iterator[Prediction]:
+    def __call__(self, sources: Source | Iterable[Source], recursive: bool = False) -> Iterator[Prediction]:
         """Predict on files, folders, globs, lists of paths, videos and addresses; or on arrays.
 
         Args:
-            sources: One of them or several; arrays are (height, width, bands) in BGR order, uint8, or grey without
-                bands.
+            sources: One of them or several, such as a list: then a path that does not exist gives a prediction with
+                an ``error`` in its place, and one that is given twice two predictions. Arrays are (height, width,
+                bands) in BGR order, or grey with one band or none, as the config decodes files: uint8, else refused.
             recursive: Also in the folders within folders.
 
         Raises:
-            ToolError: There are no inputs; files and arrays together.
+            ToolError: There are no inputs; files and arrays together; a single path that does not exist.
         """
-        several: list[Any] = list(sources) if isinstance(sources, list | tuple) else [sources]
+        is_one = isinstance(sources, str | bytes | os.PathLike | np.ndarray) or not isinstance(sources, Iterable)
+        several: list[Any] = [sources] if is_one else list(sources)  # type: ignore[arg-type]
+        for source in several:
+            if not isinstance(source, str | os.PathLike | np.ndarray):
+                raise ToolError(
+                    f'{first_line(repr(source), 60)} is a {type(source).__name__}: give paths as str or Path, or '
+                    "images as NumPy's arrays"
+                )
         arrays = [source for source in several if isinstance(source, np.ndarray)]
         if not arrays:
-            return self.predict_items(list_items(several, recursive=recursive))
+            paths = several[0] if is_one else several
+            return self.predict_items(list_items(paths, recursive=recursive, keep_all=True))
         if len(arrays) < len(several):
             raise ToolError('files and arrays in one call: predict on them in two')
         names = (f'array_{number:06d}.png' for number in range(len(arrays)))
@@ -175,8 +185,14 @@ class Predictor:
         images = iter(images)
         try:
             # From two batches, equal sizes are taken together.
-            while window := list(islice(images, 2 * self._batch_size if self._batch_size > 1 else 1)):
-                for prepared, result in zip(window, self._predict_all(window), strict=True):
+            while True:
+                # MMEngine's registries are those of the model that was loaded last.
+                with DefaultScope.overwrite_default_scope(self.cfg.default_scope):
+                    window = list(islice(images, 2 * self._batch_size if self._batch_size > 1 else 1))
+                    results = self._predict_all(window)
+                if not window:
+                    break
+                for prepared, result in zip(window, results, strict=True):
                     if prepared.tile is not None:
                         pieces.append((prepared.tile, result))
                         if not prepared.tile.is_last:

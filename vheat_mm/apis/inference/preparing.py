@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import Compose
+from mmengine.registry import DefaultScope
 
 from vheat_mm.apis.inference.reading import decoding
 from vheat_mm.apis.inference.slicing import Tile, tiles_of
@@ -74,7 +75,9 @@ class Preparer:
         steps = test_pipeline(cfg)
         loading = next((place for place, step in enumerate(steps) if place and not _loads(step)), len(steps))
         try:
-            self._load, self._transform = Compose(steps[:loading]), Compose(steps[loading:])
+            # MMEngine's default scope is that of the model that was loaded last.
+            with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+                self._load, self._transform = Compose(steps[:loading]), Compose(steps[loading:])
         except Exception as error:
             raise ToolError(f'cannot build the test pipeline: {describe_building(error)}') from error
         self.loader = Loader(steps[0].get('color_type', 'color'), steps[0].get('imdecode_backend', 'cv2'))
@@ -124,7 +127,11 @@ class Preparer:
             if loaded is None:
                 raise ValueError('the first step of the test pipeline returns no image')
         else:
-            image = sample.image if sample.image.ndim > 2 else np.repeat(sample.image[..., None], 3, axis=2)
+            image = sample.image
+            if self.loader.flag != 'unchanged' and self.loader.backend != 'tifffile' and image.dtype != np.uint8:
+                raise ValueError(f'an array of {image.dtype}; the config decodes images to uint8, from 0 to 255')
+            if image.ndim == 2 or image.shape[2:] == (1,):
+                image = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
             if image.ndim != 3 or 0 in image.shape:
                 raise ValueError(f'an array of shape {image.shape}, expected (height, width, bands)')
             loaded = self._results(sample, image.astype(np.float32) if self._to_float32 else image)

@@ -46,6 +46,7 @@ def list_items(
     sources: str | os.PathLike | Sequence[str | os.PathLike],
     recursive: bool = False,
     exclude: str | os.PathLike | None = None,
+    keep_all: bool = False,
 ) -> list[Item]:
     """List the inputs of a run, in the order of the sources; a folder's in alphabetical order.
 
@@ -57,6 +58,8 @@ def list_items(
             ``.txt`` files with a path or address a line; http(s) addresses.
         recursive: Also the folders within folders.
         exclude: The output folder.
+        keep_all: Files that are given twice are listed twice, and of several sources one that does not exist is
+            listed, too: so that results belong to the entries of a list of files.
 
     Raises:
         ToolError: A source does not exist, has no image or video, or is the output folder or inside it; videos need
@@ -65,7 +68,8 @@ def list_items(
     several = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
     if not several:
         raise ToolError('no source is given: name images, folders, globs, videos, http(s) addresses, or .txt lists')
-    listing = _Listing(recursive, None if exclude is None else Path(os.path.realpath(exclude)))
+    is_list = keep_all and not isinstance(sources, str | os.PathLike)
+    listing = _Listing(recursive, None if exclude is None else Path(os.path.realpath(exclude)), is_list)
     found: list[tuple[int, str, _Found]] = []
     seen: set[str] = set()
     again = []
@@ -73,7 +77,7 @@ def list_items(
     for number, source in enumerate(os.fspath(source) for source in several):
         for file in listing.files_of(source):
             key = _identity(file.path, real_folder)
-            if key in seen:
+            if key in seen and not keep_all:
                 again.append(file.path)
                 continue
             seen.add(key)
@@ -111,8 +115,8 @@ def _suffix(name: str) -> str:
 class _Listing:
     """Finds the files of sources and says what is left out."""
 
-    def __init__(self, recursive: bool, exclude: Path | None) -> None:
-        self.recursive, self.exclude = recursive, exclude
+    def __init__(self, recursive: bool, exclude: Path | None, keep_missing: bool) -> None:
+        self.recursive, self.exclude, self.keep_missing = recursive, exclude, keep_missing
 
     def files_of(self, source: str) -> list[_Found]:
         """The files of one source; raises ToolError if there are none."""
@@ -130,6 +134,8 @@ class _Listing:
             return [_Found(str(path), _absolute(path).parent, _absolute(path).name)]
         if glob.has_magic(source):
             return self._of_glob(str(path), source)
+        if self.keep_missing and '://' not in source:
+            return [_Found(str(path), _absolute(path).parent, _absolute(path).name)]
         raise ToolError(f'there is no {source!r}{_hint(path, source)} (working directory {Path.cwd()})')
 
     def _refuse_output(self, path: Path, source: str) -> None:
