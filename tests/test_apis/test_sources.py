@@ -17,7 +17,8 @@ from vheat_mm.utils.errors import ToolError
 def said(monkeypatch) -> list[str]:
     """What is logged."""
     lines: list[str] = []
-    monkeypatch.setattr('vheat_mm.apis.inference.sources.print_log', lambda text, *_: lines.append(text))
+    for module in ('sources', 'names'):
+        monkeypatch.setattr(f'vheat_mm.apis.inference.{module}.print_log', lambda text, *_: lines.append(text))
     return lines
 
 
@@ -37,7 +38,7 @@ def names(*sources, **options) -> list[str]:
     items = list_items(list(sources), **options)
     assert [item.index for item in items] == list(range(len(items)))
     listed = [item.name for item in items]
-    assert len({name.casefold() for name in listed}) == len(listed)
+    assert len(set(listed)) == len(listed)
     assert not any('..' in PurePosixPath(name).parts or name.startswith('/') for name in listed)
     return listed
 
@@ -87,7 +88,7 @@ def test_equal_names_get_the_folders_in_front(tmp_path, said):
     for folder in ('x/one', 'y/one', 'two'):
         make(tmp_path / folder, 'a.jpg')
     make(tmp_path / 'two', 'A.jpg', 'b.jpg')
-    assert names(tmp_path / 'x/one', tmp_path / 'two') == ['one/a.jpg', 'two/A.jpg', 'two/a_2.jpg', 'two/b.jpg']
+    assert names(tmp_path / 'x/one', tmp_path / 'two') == ['one/a.jpg', 'two/A.jpg', 'two/a.jpg', 'two/b.jpg']
     assert names(tmp_path / 'x/one', tmp_path / 'y/one') == ['x/one/a.jpg', 'y/one/a.jpg']
     assert names(*(tmp_path / name / 'a.jpg' for name in ('x/one', 'two'))) == ['one/a.jpg', 'two/a.jpg']
     assert names('http://h.org/x.jpg?id=1', 'http://h.org/x.jpg?id=2') == ['x.jpg', 'x_2.jpg']
@@ -113,7 +114,30 @@ def test_unsafe_names():
     assert long != safe_name('é' * 121 + '.jpg')
 
 
-def test_names_of_results():
+def test_inputs_keep_their_names_and_results_get_safe_ones(tmp_path, said):
+    listed = [
+        'Case.jpg',
+        'a.jpg',
+        'case.jpg',
+        'line\nfeed.jpg',
+        'long' * 50 + '.tif',
+        os.fsdecode(b'\xff.jpg'),
+        'star*.jpg',
+    ]
+    make(tmp_path, *listed)
+    assert sorted(names(tmp_path)) == sorted(listed)
+    found = {item.name: output_names([item], 'painted')[item.index] for item in list_items(tmp_path)}
+    assert (found['Case.jpg'], found['a.jpg'], found['star*.jpg']) == ('Case.jpg', 'a.jpg', 'star_.jpg')
+    said.clear()
+    for kind in ('painted', 'label_maps'):
+        of_all = list(output_names(list_items(tmp_path), kind).values())
+        assert len({name.casefold() for name in of_all}) == len(listed)
+        assert all(name.isprintable() and len(name) < 210 for name in of_all)
+    assert len(said) == 2
+    assert "5 files in painted have other names than their inputs, such as case_2.jpg of 'case.jpg'" in said[0]
+
+
+def test_names_of_results(said):
     listed = ('a.jpg', 'a.png', 'b.tif', 'b.tif.png', 'd/a.JPEG', 'clip.avi', 'clip.mp4', 'none')
     items = [Item('', name, 10 + i, '', name.startswith('clip')) for i, name in enumerate(listed)]
     assert list(output_names(items, 'painted').values()) == [

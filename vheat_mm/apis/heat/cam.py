@@ -29,6 +29,7 @@ from vheat_mm.apis.heat.figures import WIDTH, check_out, draw_over, new_figure, 
 from vheat_mm.apis.heat.images import prepare_images
 from vheat_mm.apis.inference.model import load_model
 from vheat_mm.utils.errors import ToolError
+from vheat_mm.utils.text import first_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -317,5 +318,5 @@ def run(args: argparse.Namespace) -> None:
                 arguments = (loaded.task, loaded.classes, target, layer, args.layout, threshold)
                 row.append(cam := explain(loaded.model, data, *arguments))
                 nothing = '' if cam.heat.any() else ': nothing in this layer speaks for it, take another --layer'
-                print(f'{item.name}: {cam.target} at {cam.layer}{nothing}')
+                print(f'{first_line(item.name)}: {cam.target} at {cam.layer}{nothing}')
     save_figure(cam_figure(rows), args.out)

@@ -177,7 +177,7 @@ def open_images(sources: Sequence[str], size: tuple[int, int] | None = None) -> 
                 raise ToolError(f'{item.path} cannot be decoded')
             if size is not None:
                 image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
-            yield item.name, np.ascontiguousarray(image[..., ::-1])
+            yield first_line(item.name), np.ascontiguousarray(image[..., ::-1])
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:

@@ -209,7 +209,7 @@ def kept_boxes(prediction: Prediction, score_thr: float) -> Boxes:
     order = np.argsort(-prediction.scores, kind='stable')
     finite = np.isfinite(prediction.boxes).all(axis=1) & np.isfinite(prediction.scores)
     if not finite.all():
-        name = _file_name(_key(prediction))
+        name = first_line(_file_name(_key(prediction)))
         print_log(f'{name}: {np.count_nonzero(~finite)} boxes with NaN or infinity are left out', 'current', 30)
     order = order[finite[order] & (prediction.scores[order] >= score_thr)]
     masks = None if prediction.masks is None else [prediction.masks[index] for index in order]

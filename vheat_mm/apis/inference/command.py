@@ -35,7 +35,7 @@ from vheat_mm.engine.runner.processes import Processes
 from vheat_mm.utils.errors import ToolError
 from vheat_mm.utils.files import atomic_file
 from vheat_mm.utils.process import end_with_parent
-from vheat_mm.utils.text import some_of
+from vheat_mm.utils.text import first_line, some_of
 
 BROKEN = 1  # exit status
 # Besides those of the config; of a changed one, earlier results would be others.
@@ -213,11 +213,12 @@ class _Command:
         if not broken:
             target.unlink(missing_ok=True)
             return
-        lines = [f'{item.source if item.source.endswith(item.name) else item.name}: {error}' for item, error in broken]
+        names = (item.source if item.source.endswith(item.name) else item.name for item, _ in broken)
+        lines = [f'{" ".join(name.splitlines())}: {error}' for name, (_, error) in zip(names, broken, strict=True)]
         with report_full_disk(target), atomic_file(target) as file:
             file.write(''.join(f'{line}\n' for line in lines).encode(errors='surrogateescape'))
         for line in lines[:_LISTED]:
-            print_log(f'broken: {line}', 'current', logging.WARNING)
+            print_log(f'broken: {first_line(line, 600)}', 'current', logging.WARNING)
         if len(lines) > _LISTED:
             print_log(f'and {len(lines) - _LISTED} more, all in {target}', 'current', logging.WARNING)
 

@@ -13,6 +13,7 @@ from mmengine.logging import print_log
 from vheat_mm.apis.inference.types import Item, Sample
 from vheat_mm.utils.errors import ToolError
 from vheat_mm.utils.files import open_regular
+from vheat_mm.utils.text import first_line
 
 _END = 0.9  # of the announced time, after which a video may end: containers are not exact
 
@@ -63,7 +64,7 @@ def read_frames(item: Item, limit: int) -> Iterator[Sample]:
         if container is not None:
             container.close()
     if damaged:
-        print_log(f'{item.name}: {damaged} of {count} frames are damaged', 'current', logging.WARNING)
+        print_log(f'{first_line(item.name)}: {damaged} of {count} frames are damaged', 'current', logging.WARNING)
     if held is not None:
         held.last = not fault
         yield held

@@ -1,13 +1,16 @@
-"""Names of inputs and of their results: unique, relative, and fit for any file system."""
+"""Names of inputs, unique and relative; and those of their results, which fit any file system."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
+from mmengine.logging import print_log
+
 from vheat_mm.apis.inference.types import Item
+from vheat_mm.utils.text import first_line
 
 # Control characters, what Windows and its file systems forbid, and bytes of a name that are no UTF-8.
 _UNSAFE = re.compile('[\x00-\x1f\x7f<>:"|?*\\\\\ud800-\udfff]')
@@ -21,8 +24,11 @@ def safe_name(name: str) -> str:
     Args:
         name: Relative or not; parts such as ``..`` are dropped.
     """
-    parts = [_safe_part(part) for part in name.split('/') if part not in ('', '.', '..')]
-    return '/'.join(parts) or '_'
+    return '/'.join(_safe_part(part) for part in _relative(name).split('/'))
+
+
+def _relative(name: str) -> str:
+    return '/'.join(part for part in name.split('/') if part not in ('', '.', '..')) or '_'
 
 
 def _safe_part(part: str) -> str:
@@ -46,7 +52,7 @@ def distinct_names(places: Sequence[tuple[Hashable, Path, str]]) -> list[str]:
     folders = {source: folder.parts[1:] for source, folder, _ in places}
     while True:
         names = [
-            safe_name('/'.join([*folders[source][len(folders[source]) - levels[source] :], name]))
+            _relative('/'.join([*folders[source][len(folders[source]) - levels[source] :], name]))
             for source, _, name in places
         ]
         sources: dict[str, set[Hashable]] = {}
@@ -56,13 +62,13 @@ def distinct_names(places: Sequence[tuple[Hashable, Path, str]]) -> list[str]:
         clashing = {source for several in equal for source in several}
         higher = [source for source in clashing if levels[source] < len(folders[source])]
         if not higher:
-            return number_equal(names)
+            return number_equal(names, fold=str)
         for source in higher:
             levels[source] += 1
 
 
-def number_equal(names: Iterable[str]) -> list[str]:
-    """The names, with a number before the suffix of those that differ from an earlier one by case at most.
+def number_equal(names: Iterable[str], fold: Callable[[str], str] = str.casefold) -> list[str]:
+    """The names, with a number before the suffix of those that equal an earlier one, by default but for case.
 
     Neither is one the folder of another, as for ``a.jpg`` and ``a.jpg/b.jpg``.
     """
@@ -72,12 +78,12 @@ def number_equal(names: Iterable[str]) -> list[str]:
     last_number: dict[str, int] = {}  # counting from 1 each time would be quadratic
 
     def numbered(name: str) -> str:
-        path, number = PurePosixPath(name), last_number.get(name.casefold(), 1)
+        path, number = PurePosixPath(name), last_number.get(fold(name), 1)
         changed = name
-        while changed.casefold() in files or changed.casefold() in folders:
+        while fold(changed) in files or fold(changed) in folders:
             number += 1
             changed = str(path.with_name(f'{path.stem}_{number}{path.suffix}'))
-        last_number[name.casefold()] = number
+        last_number[fold(name)] = number
         return changed
 
     result = []
@@ -86,18 +92,20 @@ def number_equal(names: Iterable[str]) -> list[str]:
         path = ''
         for part in parents:
             folder = f'{path}{part}'
-            if folder.casefold() in files:
+            if fold(folder) in files:
                 folder = renamed.get(folder) or renamed.setdefault(folder, numbered(folder))
-            folders.add(folder.casefold())
+            folders.add(fold(folder))
             path = f'{folder}/'
         unique = numbered(f'{path}{last}')
-        files.add(unique.casefold())
+        files.add(fold(unique))
         result.append(unique)
     return result
 
 
 def output_names(items: Sequence[Item], kind: str) -> dict[int, str]:
     """Names of the results, by the index of the input; relative to the folder of that kind.
+
+    They are safe, see :func:`safe_name`, and differ by more than case; how many are others than the inputs' is logged.
 
     Args:
         items: All inputs of the run.
@@ -106,7 +114,7 @@ def output_names(items: Sequence[Item], kind: str) -> dict[int, str]:
             folder has the same name without it; of videos the name of the folder of their frames.
     """
     if kind == 'painted':
-        return dict(zip([item.index for item in items], number_equal(map(_painted, items)), strict=True))
+        return _safe_names(items, [_painted(item) for item in items], kind)
     if kind != 'label_maps':
         raise ValueError(f"kind={kind!r}, expected 'painted' or 'label_maps'")
     stems: dict[str, int] = {}
@@ -118,7 +126,20 @@ def output_names(items: Sequence[Item], kind: str) -> dict[int, str]:
         stem = str(PurePosixPath(item.name).with_suffix(''))
         one = stems[stem.casefold()] == 1
         names.append(item.name if item.is_video else f'{stem}.png' if one else f'{item.name}.png')
-    return dict(zip([item.index for item in items], number_equal(names), strict=True))
+    return _safe_names(items, names, kind)
+
+
+def _safe_names(items: Sequence[Item], wanted: Sequence[str], kind: str) -> dict[int, str]:
+    names = number_equal(map(safe_name, wanted))
+    changed = [(name, item.name) for item, name, one in zip(items, names, wanted, strict=True) if name != one]
+    if changed:
+        name, input_name = changed[0]
+        print_log(
+            f'{len(changed)} files in {kind} have other names than their inputs, such as {name} of '
+            f'{first_line(input_name)!r}: not all file systems have such names, or tell upper and lower case apart',
+            'current',
+        )
+    return dict(zip([item.index for item in items], names, strict=True))
 
 
 def _painted(item: Item) -> str:

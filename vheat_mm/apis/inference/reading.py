@@ -16,6 +16,7 @@ from typing import Any
 from mmengine.logging import print_log
 
 from vheat_mm.apis.inference.frames import read_frames
+from vheat_mm.apis.inference.names import safe_name
 from vheat_mm.apis.inference.sources import PHOTOGRAPHS
 from vheat_mm.apis.inference.types import Item, Sample
 from vheat_mm.checkpoint.download import download
@@ -128,7 +129,7 @@ def _check_image(item: Item, limit: int, loader: Loader) -> list[str]:
 def _say_once(note: str, item: Item) -> None:
     if note not in _said:
         _said.add(note)
-        print_log(f'{item.name} (said once): {note}', 'current')
+        print_log(f'{first_line(item.name)} (said once): {note}', 'current')
 
 
 def _other_kind(item: Item, content: bytes) -> str:
@@ -171,7 +172,7 @@ def _size_of_other(content: bytes, path: str, loader: Loader) -> tuple[int, int]
 def _downloaded(item: Item, limit: int) -> Iterator[Path]:
     """A temporary file with the content of an address."""
     with tempfile.TemporaryDirectory(prefix='vheat_mm-', ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / f'download{Path(item.name).suffix[:10]}'
+        path = Path(folder) / f'download{Path(safe_name(item.name)).suffix[:10]}'
         with _without_timer():
             download(item.path, path, _VIDEO_BYTES if item.is_video else 6 * limit, quiet=True)
         yield path

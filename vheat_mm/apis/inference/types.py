@@ -14,7 +14,8 @@ class Item:
 
     Attributes:
         path: The local file to read; of an address, the downloaded file.
-        name: Unique relative POSIX name under which results are mirrored, such as 'holiday/a.jpg' or 'clip.mp4'.
+        name: Unique relative POSIX name, such as 'holiday/a.jpg' or 'clip.mp4', with all characters of the file's.
+            Results are mirrored under it, see :func:`~vheat_mm.apis.inference.names.output_names`.
         index: Its place in the listing.
         source: As the user wrote it, for messages.
         is_video: Whether it holds frames rather than one image.
