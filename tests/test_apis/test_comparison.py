@@ -25,10 +25,9 @@ pytest.importorskip('supervision')
 mask_api = pytest.importorskip('pycocotools.mask')
 intersect_and_union = pytest.importorskip('mmseg.evaluation').IoUMetric.intersect_and_union
 
-from vheat_mm.apis.heat.annotations import Truth, read_dataset  # noqa: E402
+from vheat_mm.apis.heat.annotations import Annotated, Truth  # noqa: E402
 from vheat_mm.apis.heat.comparison import (  # noqa: E402
-    compare_dataset,
-    compare_files,
+    compare,
     comparison_figure,
     detection_quality,
     segmentation_quality,
@@ -68,7 +67,7 @@ def found(boxes, labels=None, masks=None, **fields):
 
 def truth_of(boxes, labels=None, **fields):
     prediction = found(boxes, labels)
-    return Truth('a.jpg', 'a.jpg', prediction.boxes, prediction.labels, **fields)
+    return Truth('a.jpg', prediction.boxes, prediction.labels, **fields)
 
 
 def box_iou(a, b):
@@ -122,29 +121,34 @@ def test_segmentation_equals_mmsegs_counts():
     shared, union, _, _ = intersect_and_union(torch.from_numpy(ours), torch.from_numpy(theirs), 6, 255)
     expected = (shared / union)[union > 0].mean().item()
     prediction = Prediction(Item('', '', 0, ''), label_map=ours.astype(np.uint8))
-    assert segmentation_quality(Truth('', '', label_map=theirs), prediction) == pytest.approx(expected)
+    assert segmentation_quality(Truth('', label_map=theirs), prediction) == pytest.approx(expected)
     with pytest.raises(ToolError, match=r'the label map measures \(20, 30\), the image \(40, 30\)'):
-        segmentation_quality(Truth('', '', label_map=theirs[:, :20]), prediction)
+        segmentation_quality(Truth('', label_map=theirs[:, :20]), prediction)
 
 
-# --- annotations and predictions from data sets and files
+# --- annotations and predictions of data sets
+
+
+def read(cfg, task):
+    annotated = Annotated(cfg, task)
+    return [annotated.truth(index) for index in range(len(annotated.items))], annotated.items
 
 
 def test_annotations_are_those_of_the_files(data, monkeypatch):
     content = json.loads((data / 'coco/annotations/instances_val.json').read_text())
-    truths = list(read_dataset(config('mask-rcnn_vheat-demo_coins.py', data, monkeypatch), 'detection'))
+    truths, _ = read(config('mask-rcnn_vheat-demo_coins.py', data, monkeypatch), 'detection')
     assert [truth.name for truth in truths] == [image['file_name'] for image in content['images']]
     for truth, image in zip(truths, content['images'], strict=True):
         own = [a for a in content['annotations'] if a['image_id'] == image['id']]
         assert [mask_api.area(mask) for mask in truth.masks] == [a['area'] for a in own]
         np.testing.assert_allclose(truth.boxes[:, 2:] - truth.boxes[:, :2], [a['bbox'][2:] for a in own])
 
-    truths = list(read_dataset(config('vheat-demo_upernet_coins.py', data, monkeypatch), 'segmentation'))
-    for truth in truths:
-        labels = np.array(Image.open(data / 'ade/annotations/validation' / f'{Path(truth.path).stem}.png'))
+    truths, items = read(config('vheat-demo_upernet_coins.py', data, monkeypatch), 'segmentation')
+    for truth, item in zip(truths, items, strict=True):
+        labels = np.array(Image.open(data / 'ade/annotations/validation' / f'{Path(item.path).stem}.png'))
         np.testing.assert_array_equal(truth.label_map, labels - np.uint8(1))  # 0, unlabelled, becomes 255
 
-    truths = list(read_dataset(config('vheat-demo_textures.py', data, monkeypatch), 'classification'))
+    truths, _ = read(config('vheat-demo_textures.py', data, monkeypatch), 'classification')
     assert [(truth.label, truth.name.split('/')[0]) for truth in truths] == [(0, 'brick'), (1, 'grass'), (2, 'gravel')]
 
 
@@ -164,53 +168,14 @@ def test_worst_images_of_a_data_set_come_first(data, monkeypatch, caplog):
             yield Prediction(item, error=error, **fields)
 
     try:
-        comparison = compare_dataset(SimpleNamespace(cfg=cfg, task='classification', predict_items=predict), 2)
+        predictor = SimpleNamespace(cfg=cfg, task='classification', predict_items=predict)
+        worst, qualities = compare(predictor, 2)
     finally:
         broken.unlink()
-    assert comparison.qualities == pytest.approx([1, 0.6, 0.1])
-    assert [pair.truth.name for pair in comparison.worst] == ['gravel/val_00002.jpg', 'grass/val_00001.jpg']
-    figure = comparison_figure(comparison, cfg.classes, cfg.metainfo.palette)
+    assert qualities == pytest.approx([1, 0.6, 0.1])
+    assert [pair.truth.name for pair in worst] == ['gravel/val_00002.jpg', 'grass/val_00001.jpg']
+    figure = comparison_figure(worst, 3, cfg.classes, cfg.metainfo.palette)
     titles = [axis.get_title(side) for part in figure.subfigs for axis in part.axes for side in ('left', 'right')]
     assert [title for title in titles if title] == [
         '1. gravel/val_00002.jpg', 'probability 0.10', '2. grass/val_00001.jpg', 'probability 0.60',
     ]  # fmt: skip
-
-
-@pytest.fixture
-def files(data, tmp_path):
-    """Annotations, and detections that are the same but for the second image, which has none."""
-    ann_file = data / 'coco/annotations/instances_val.json'
-    content = json.loads(ann_file.read_text())
-    content['annotations'] = [a | dict(score=0.9) for a in content['annotations'] if a['image_id'] != 2]
-    path = tmp_path / 'predictions.json'
-    path.write_text(json.dumps(content))
-    return path, ann_file, data / 'coco/val'
-
-
-def test_files_are_compared(files):
-    comparison, classes = compare_files(*files, number=3, score_thr=0.5)
-    assert classes == ('coin',)
-    assert comparison.qualities == pytest.approx([1, 0, 1])
-    assert comparison.worst[0].truth.name == 'val_00002.jpg'
-    assert compare_files(*files, number=1, score_thr=0.95)[0].qualities == [0, 0, 0]
-    figure = comparison_figure(comparison, classes, [(250, 180, 30)])
-    assert len(figure.subfigs) == 4  # two rows of two, the last of which is empty
-
-
-@pytest.mark.parametrize(
-    ('field', 'value', 'words'),
-    [
-        ('image_id', 77, 'image_id 77 is not in .*: make it by tools/predict.py with this --ann-file'),
-        ('category_id', 5, 'category_id 5 is not in'),
-        ('score', None, 'holds no COCO detections with scores'),
-    ],
-)
-def test_files_that_do_not_fit(files, field, value, words):
-    content = json.loads(files[0].read_text())
-    if value is None:
-        del content['annotations'][0][field]
-    else:
-        content['annotations'][0][field] = value
-    files[0].write_text(json.dumps(content))
-    with pytest.raises(ToolError, match=words):
-        compare_files(*files, number=1, score_thr=0.5)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from config_models import load
+from mmengine.model import ImgDataPreprocessor
 from PIL import Image
 from torch import nn
 
@@ -14,8 +15,10 @@ from vheat_mm.apis.heat.command import run_heat
 from vheat_mm.apis.heat.diffusivity import Diffusivity, diffusivities
 from vheat_mm.apis.heat.embeddings import resizings
 from vheat_mm.apis.heat.erf import area_ratios, measure, peak
-from vheat_mm.apis.heat.networks import Network, has_initial_values
-from vheat_mm.apis.heat.spread import conduct, patch_map, responses
+from vheat_mm.apis.heat.networks import UNTRAINED, Network, load_network, vheat_of
+from vheat_mm.apis.heat.spread import conduct, crop_to_patches, patch_map, responses
+from vheat_mm.utils.errors import ToolError
+from vheat_mm.utils.torchvision import ensure_torchvision
 
 pytest.importorskip('matplotlib')
 ARCH = dict(embed_dims=8, depths=(1, 1, 2, 1))
@@ -32,7 +35,7 @@ def images(count=3, side=64):
 
 
 def network_of(layers):
-    return Network(layers, 'it', trained=False, mean=(0, 0, 0), std=(1, 1, 1))
+    return Network(layers, 'it', ImgDataPreprocessor())
 
 
 def test_field_of_a_convolution_is_its_kernel():
@@ -71,6 +74,30 @@ def test_area_is_around_the_peak():
     assert area_ratios(field, (0.1, 0.5, 1.0)) == [1 / 64**2, 9 / 64**2, 9 / 64**2]
 
 
+def test_networks_of_timm_take_their_own_checkpoints_only(tmp_path):
+    ensure_torchvision()
+    timm = pytest.importorskip('timm')
+    model, path = timm.create_model('resnet18', num_classes=10), str(tmp_path / 'resnet.pth')
+    torch.save(dict(state_dict=model.state_dict()), path)
+    image = images(1)[0]
+    network = load_network('timm:resnet18', path, device='cpu')
+    assert network.label == 'resnet18 (timm), resnet.pth'
+    mean, std = np.array(model.default_cfg['mean']), np.array(model.default_cfg['std'])
+    batch = network.prepare(image)
+    np.testing.assert_allclose(batch[0].permute(1, 2, 0), (image / 255 - mean) / std, atol=1e-5)
+    torch.testing.assert_close(network.last_map(batch), model.eval().forward_features(batch))
+    with pytest.raises(ToolError, match=r"'.*resnet.pth' does not fit timm:resnet26: it lacks layer1.0.conv"):
+        load_network('timm:resnet26', path, device='cpu')
+
+
+def test_photographs_are_cut_and_not_distorted():
+    columns = np.tile(np.arange(800) * 255 / 799, (600, 1)).astype(np.uint8)
+    cut = crop_to_patches(np.stack([columns, columns.T[:600, :1].repeat(800, 1), columns], axis=2))
+    assert cut.shape == (256, 320, 3)
+    slopes = [np.diff(cut[128, 8:-8, 0].astype(float)).mean(), np.diff(cut[8:-8, 160, 1].astype(float)).mean()]
+    assert slopes[0] == pytest.approx(slopes[1], rel=0.02)
+
+
 @pytest.mark.parametrize('kt', [1, 8, 512])
 def test_heat_keeps_its_sum_and_its_range(kt):
     start = images(1)[0] / 255
@@ -99,7 +126,7 @@ def test_stages_keep_the_heat_of_patches(vheat):
 
 
 def test_diffusivity_is_that_of_the_network_and_random_values_are_told(vheat):
-    assert has_initial_values(vheat)
+    assert vheat_of(vheat, 'it') == (vheat, f'it\n{UNTRAINED}')
     found = diffusivities(vheat, (64, 64))
     assert [(one.stage, one.block) for one in found] == [(1, 1), (2, 1), (3, 1), (3, 2), (4, 1)]
     one, block = found[3], vheat.layers[2][1]
@@ -107,7 +134,7 @@ def test_diffusivity_is_that_of_the_network_and_random_values_are_told(vheat):
     np.testing.assert_allclose(one.decay, decay.mean(-1), rtol=1e-6)
     assert found[0].doubt().startswith('as random')
     nn.init.ones_(block.op.to_k[0].bias)
-    assert not has_initial_values(vheat)
+    assert vheat_of(vheat, 'it') == (vheat, 'it')
     assert diffusivities(vheat, (64, 64))[3].doubt().startswith('nearly constant')
 
 
@@ -149,7 +176,8 @@ def test_command_draws_every_kind(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     for arguments, words in (
         (['erf', 'narrow.py', '--images', '.', '--size', '65'], 'multiple of 32'),
-        (['spread', 'narrow.py', '--image', '0.png', '--patches', '2,0'], '--patches 2,0: give X,Y'),
+        (['erf', 'narrow.py', '--images', '.', '--before'], '--before compares with a CHECKPOINT'),
+        (['spread', 'narrow.py', '--image', '.'], 'images, give one'),
         (['embeddings', 'narrow.py', '--to', '8'], '--to must be at least 32'),
         (['diffusivity', 'vheat_tin'], "no config 'vheat_tin'"),
     ):

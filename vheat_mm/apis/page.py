@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 
 from vheat_mm.apis.heat.cam import cam_figure, explain
-from vheat_mm.apis.heat.diffusivity import diffusivities, diffusivity_figure, warn_of
+from vheat_mm.apis.heat.diffusivity import diffusivities, diffusivity_figure
 from vheat_mm.apis.heat.images import prepare_images
-from vheat_mm.apis.heat.networks import Network, has_initial_values, vheat_of
-from vheat_mm.apis.heat.spread import PATCHES, resize_to_patches, responses, spread_figure
+from vheat_mm.apis.heat.networks import vheat_of
+from vheat_mm.apis.heat.spread import PATCHES, crop_to_patches, responses, spread_figure
 from vheat_mm.apis.inference import Item, Prediction, Predictor
 from vheat_mm.apis.inference.class_table import table_entries
 from vheat_mm.apis.inference.coco import to_coco
 from vheat_mm.apis.inference.model import LoadedModel
 from vheat_mm.apis.inference.painting import displayable, paint
+from vheat_mm.apis.inference.preparing import Job
+from vheat_mm.models.vheat import VHeat
 from vheat_mm.utils.errors import ToolError
 
 if TYPE_CHECKING:
@@ -61,6 +64,8 @@ class Model:
         self._started = time.perf_counter()
 
     def _stop(self, *_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.network = time.perf_counter() - self._started
 
 
@@ -73,28 +78,26 @@ class HeatKind(NamedTuple):
 
 def _draw_cam(model: Model, image: np.ndarray, target: str | None) -> Figure:
     loaded = model.loaded
-    ((_, data),) = prepare_images(loaded, image)
+    (data,) = prepare_images(loaded, [Job(Item('', 'the image', 0, 'the image'), image)])
     found = explain(loaded.model, data, loaded.task, loaded.classes, target, score_thr=loaded.score_thr)
     return cam_figure([[found]])
 
 
-def _network(model: Model) -> Network:
+def _vheat(model: Model) -> tuple[VHeat, str]:
     label = f'{Path(str(model.loaded.cfg.filename)).stem}, {model.checkpoint}'
-    return Network(model.loaded.model.get_submodule('backbone'), label, True)
+    return vheat_of(model.loaded.model.get_submodule('backbone'), label)
 
 
 def _draw_spread(model: Model, image: np.ndarray, _: str | None) -> Figure:
-    network = _network(model)
-    photograph = resize_to_patches(np.ascontiguousarray(displayable(image)[..., ::-1]))
-    found = responses(vheat_of(network), PATCHES, (photograph.shape[0], photograph.shape[1]))
-    return spread_figure(photograph, PATCHES, found, network.label)
+    vheat, label = _vheat(model)
+    photograph = crop_to_patches(np.ascontiguousarray(displayable(image)[..., ::-1]))
+    found = responses(vheat, PATCHES, (photograph.shape[0], photograph.shape[1]))
+    return spread_figure(photograph, PATCHES, found, label)
 
 
 def _draw_diffusivity(model: Model, _image: np.ndarray, _: str | None) -> Figure:
-    network = _network(model)
-    vheat = vheat_of(network)
-    blocks = diffusivities(vheat, vheat.img_size)
-    return diffusivity_figure(blocks, network.label, warn_of(blocks, has_initial_values(vheat)))
+    vheat, label = _vheat(model)
+    return diffusivity_figure(diffusivities(vheat, vheat.img_size), label)
 
 
 HEAT = {

@@ -1,18 +1,19 @@
-"""Annotations of images, of a data set that a config tests or of a COCO file."""
+"""Annotations of the data set that a config tests."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import DATASETS
 
+from vheat_mm.apis.inference.types import Item
 from vheat_mm.utils.config_place import describe_building, type_name
 from vheat_mm.utils.errors import ToolError
 
@@ -22,7 +23,6 @@ class Truth:
     """Annotations of an image.
 
     Attributes:
-        path: The image's file.
         name: What it is called in the data set.
         boxes: (N, 4) corners x1, y1, x2, y2 in pixels.
         labels: (N,) indices of the model's classes.
@@ -32,7 +32,6 @@ class Truth:
         label: Index of the image's class.
     """
 
-    path: str
     name: str
     boxes: np.ndarray | None = None
     labels: np.ndarray | None = None
@@ -42,70 +41,67 @@ class Truth:
     label: int | None = None
 
 
-def read_dataset(cfg: Any, task: str) -> Iterator[Truth]:
-    """The annotations of the data set that a config tests.
+class Annotated:
+    """The images that a config tests, and what they show; label maps are read when they are asked for.
+
+    Args:
+        cfg: The config.
+        task: 'detection', 'segmentation' or 'classification'.
+
+    Attributes:
+        items: The images.
 
     Raises:
-        ToolError: It cannot be built, or has none.
+        ToolError: The data set cannot be built, or an image or the whole has no annotations.
     """
-    described = cfg.test_dataloader.dataset
-    steps = [step for step in described.get('pipeline') or [] if 'Annotations' in type_name(step)]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-            dataset = DATASETS.build({**described, 'pipeline': [], 'test_mode': True})
-        load_map = Compose(steps)
-    except Exception as error:
-        raise ToolError(f'cannot build the data set test_dataloader.dataset: {describe_building(error)}') from error
-    objects = 0
-    for index in range(len(dataset)):
-        info = dataset.get_data_info(index)
-        path = info['img_path']
-        name = str(Path(path).relative_to(Path(path).parents[1])) if task == 'classification' else Path(path).name
-        if task == 'detection':
-            objects += len(info['instances'])
-            yield detection_truth(path, name, info['instances'], (info['height'], info['width']))
-        elif task == 'segmentation':
-            if not info.get('seg_map_path'):
-                raise ToolError(f'the data set has no label map for {path!r}')
-            yield Truth(path, name, label_map=load_map(info)['gt_seg_map'])
-        elif 'gt_label' in info:
-            yield Truth(path, name, label=int(info['gt_label']))
-        else:
-            raise ToolError(f'the data set has no class for {path!r}')
-    if task == 'detection' and not objects:
-        raise ToolError('the data set test_dataloader.dataset has no annotations')
+
+    def __init__(self, cfg: Config, task: str) -> None:
+        described = cfg.test_dataloader.dataset
+        steps = [step for step in described.get('pipeline') or [] if 'Annotations' in type_name(step)]
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+                self._dataset: Any = DATASETS.build({**described, 'pipeline': [], 'test_mode': True})
+            self._load_map = Compose(steps)
+        except Exception as error:
+            raise ToolError(f'cannot build the data set test_dataloader.dataset: {describe_building(error)}') from error
+        self._task, self.items = task, []
+        annotated = False
+        field = dict(detection='instances', segmentation='seg_map_path', classification='gt_label')[task]
+        for index in range(len(self._dataset)):
+            info = self._dataset.get_data_info(index)
+            path = info['img_path']
+            if info.get(field) is None:
+                raise ToolError(f'the data set test_dataloader.dataset has no annotation for {path!r}')
+            annotated |= info[field] != []
+            name = str(Path(path).relative_to(Path(path).parents[1])) if task == 'classification' else Path(path).name
+            self.items.append(Item(path, name, index, path))
+        if not annotated:
+            raise ToolError('the data set test_dataloader.dataset has no annotations')
+
+    def truth(self, index: int) -> Truth:
+        """The annotations of an image."""
+        info, name = self._dataset.get_data_info(index), self.items[index].name
+        if self._task == 'detection':
+            return _of_objects(name, info['instances'], (info['height'], info['width']))
+        if self._task == 'segmentation':
+            return Truth(name, label_map=self._load_map(info)['gt_seg_map'])
+        return Truth(name, label=int(info['gt_label']))
 
 
-def from_coco(entries: list[dict], labels: dict[Any, int]) -> list[dict]:
-    """COCO's annotations or detections as MMDetection's data sets have them."""
-    return [
-        dict(
-            bbox=np.add(entry['bbox'], [0, 0, *entry['bbox'][:2]]),
-            bbox_label=labels[entry['category_id']],
-            ignore_flag=entry.get('iscrowd', 0),
-            mask=entry.get('segmentation'),
-        )
-        for entry in entries
-    ]
-
-
-def detection_truth(path: str, name: str, objects: list[dict], size: tuple[int, int]) -> Truth:
+def _of_objects(name: str, objects: list[dict[str, Any]], size: tuple[int, int]) -> Truth:
     """Of objects as MMDetection's data sets have them: ``bbox``, ``bbox_label``, ``ignore_flag``, ``mask``."""
     from pycocotools import mask as coco_mask
 
     def encode(mask: Any) -> dict[str, Any]:
-        parts = (
-            coco_mask.frPyObjects(mask, *size) if isinstance(mask, list) or isinstance(mask['counts'], list) else mask
-        )
-        return coco_mask.merge(parts) if isinstance(parts, list) else parts
+        if isinstance(mask, list):  # polygons
+            return coco_mask.merge(coco_mask.frPyObjects(mask, *size))
+        return coco_mask.frPyObjects(mask, *size) if isinstance(mask['counts'], list) else mask
 
     single = [it for it in objects if not it.get('ignore_flag')]
-    crowds = tuple(encode(it['mask']) for it in objects if it.get('ignore_flag') and it.get('mask'))
     return Truth(
-        path,
         name,
         boxes=np.array([it['bbox'] for it in single], np.float32).reshape(-1, 4),
         labels=np.array([it['bbox_label'] for it in single], np.int64),
         masks=[encode(it['mask']) for it in single] if all(it.get('mask') for it in single) else None,
-        crowds=crowds,
+        crowds=tuple(encode(it['mask']) for it in objects if it.get('ignore_flag') and it.get('mask')),
     )

@@ -25,15 +25,18 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from vheat_mm.apis.config import add_config_arguments
-from vheat_mm.apis.heat.figures import WIDTH, check_out, draw_over, new_figure, save_figure
-from vheat_mm.apis.heat.images import prepare_images
+from vheat_mm.apis.heat.figures import HEAT, WIDTH, new_figure, save_figure
+from vheat_mm.apis.heat.images import list_images, prepare_images
 from vheat_mm.apis.inference.model import load_model
+from vheat_mm.apis.inference.painting import displayable
+from vheat_mm.apis.inference.preparing import Job
 from vheat_mm.utils.errors import ToolError
 from vheat_mm.utils.text import first_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LARGEST = 50  # rows of a figure
 LAYOUTS = {'NCHW': (0, 1, 2, 3), 'NHWC': (0, 3, 1, 2)}  # 4-D layouts -> how to permute to NCHW
 
 
@@ -112,11 +115,10 @@ def explain(
     used = max(pairs, key=lambda pair: float((pair[0] * pair[1]).abs().sum()))
     maps, gradients = (to_nchw(x, size, layout) for x in used)
     heat = F.interpolate(grad_cam(maps, gradients)[None].float(), size, mode='bilinear')[0, 0]
-    image = data['inputs'][0]
-    seen = image[[2, 1, 0]] if len(image) == 3 else image[:1].expand(3, -1, -1)  # of other bands the first, grey
-    heat = heat[: image.shape[-2], : image.shape[-1]]  # the padding is on the right and at the bottom
+    image = displayable(data['inputs'][0].permute(1, 2, 0).cpu().numpy())
+    heat = heat[: image.shape[0], : image.shape[1]]  # the padding is on the right and at the bottom
     return Cam(
-        image=seen.permute(1, 2, 0).cpu().numpy().astype(np.uint8),
+        image=image[..., ::-1],
         heat=(heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)).cpu().numpy(),
         target=text,
         layer=name,
@@ -218,7 +220,8 @@ def _segmentor_score(model, inputs, samples, classes, target, score_thr) -> tupl
     if isinstance(target, str):
         raise ToolError(f'{target!r} means a detection: give a class to a segmentor')
     logits = model.encode_decode(inputs, [sample.metainfo for sample in samples])[0]
-    if len(logits) == 1:  # two classes with one logit
+    if len(logits) == 1:  # two classes with one logit, whose probability MMSegmentation compares with a threshold
+        logits = logits - torch.logit(torch.tensor(float(model.decode_head.threshold)))
         logits = torch.cat([-logits, logits])
     pixels = logits.argmax(0)
     counts = pixels.flatten().bincount(minlength=len(classes))
@@ -247,8 +250,7 @@ def _detector_score(model, inputs, samples, classes, target, score_thr) -> tuple
     if isinstance(target, str):
         chosen = torch.arange(len(scores), device=scores.device) == number - 1
     what = classes[index] if int(chosen.sum()) == 1 else f'{int(chosen.sum())} x {classes[index]}'
-    mean = float(scores[chosen].mean())
-    return torch.logit(scores[chosen], eps=1e-6).sum(), f'{what} {mean:.2f}'
+    return torch.logit(scores[chosen], eps=1e-6).sum(), f'{what} {scores[chosen].mean().item():.2f}'
 
 
 _SCORES = {'classification': _classifier_score, 'segmentation': _segmentor_score, 'detection': _detector_score}
@@ -266,17 +268,15 @@ def cam_figure(rows: Sequence[Sequence[Cam]]) -> Figure:
     axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for axis in axes.flat:
         axis.axis('off')
-    drawn = None
     for row, places in zip(rows, axes, strict=True):
         places[0].imshow(row[0].image)
         places[0].set_title('image', fontsize=11)
         for cam, axis in zip(row, places[1:], strict=False):
-            drawn = draw_over(axis, cam.image, cam.heat)
-            grid = f'{cam.layer}, {cam.grid[0]} x {cam.grid[1]}'
-            axis.set_title(f'{cam.target}\n{grid}', fontsize=11)
-    if drawn is not None:
-        bar = figure.colorbar(drawn, ax=axes, location='bottom', shrink=0.4, aspect=50, pad=0.01)
-        bar.set_label('Grad-CAM, share of its largest value')
+            axis.imshow(cam.image)
+            drawn = axis.imshow(cam.heat, cmap=HEAT, vmin=0, vmax=1, alpha=0.55)
+            axis.set_title(f'{cam.target}\n{cam.layer}, {cam.grid[0]} x {cam.grid[1]}', fontsize=11)
+    bar = figure.colorbar(drawn, ax=axes, location='bottom', shrink=0.4, aspect=50, pad=0.01)
+    bar.set_label('Grad-CAM, share of its largest value')
     return figure
 
 
@@ -307,11 +307,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draw the kind ``cam``."""
-    check_out(args.out)
+    items = list_images(args.images)
+    if len(items) > LARGEST:
+        raise ToolError(f'{len(items)} images: a picture shows {LARGEST} at the most, each in a row')
     loaded = load_model(args.config, args.checkpoint, args.device, args.cfg_options)
     threshold = loaded.score_thr if args.score_thr is None else args.score_thr
     rows: list[list[Cam]] = []
-    for item, data in prepare_images(loaded, args.images):
+    for item, data in zip(items, prepare_images(loaded, map(Job, items)), strict=True):
         rows.append(row := [])
         for target in args.target:
             for layer in args.layer:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 from vheat_mm.apis.errors import run_reporting_errors
 from vheat_mm.apis.heat import cam, comparison, diffusivity, embeddings, erf, spread
+from vheat_mm.apis.heat.figures import check_out
 from vheat_mm.engine import fileio
+from vheat_mm.utils.errors import ToolError
 
 # Each has add_arguments(parser) and run(args), which writes args.out; its docstring's first line is the help.
-KINDS = {
+KINDS: dict[str, Any] = {
     'cam': cam,
     'predictions': comparison,
     'erf': erf,
@@ -33,8 +36,25 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def draw(args: argparse.Namespace) -> None:
+    """Draw a kind; what is missing is told before any work.
+
+    Raises:
+        ToolError: ``--out`` is no PNG file; a library is not installed.
+    """
+    check_out(args.out)
+    try:
+        import matplotlib.figure  # noqa: F401
+
+        KINDS[args.kind].run(args)
+    except ModuleNotFoundError as error:
+        if error.name not in ('matplotlib', 'supervision', 'pycocotools', 'scipy'):
+            raise
+        raise ToolError(f"heat.py {args.kind} needs {error.name}: pip install 'vheat_mm[demo]'") from error
+
+
 def run_heat(argv: Sequence[str] | None = None) -> int:
     """Draw; returns the exit status: 0, or 2 after an error message on stderr."""
     args = make_parser().parse_args(argv)
     fileio.install()
-    return run_reporting_errors(functools.partial(KINDS[args.kind].run, args))
+    return run_reporting_errors(functools.partial(draw, args))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 
-from vheat_mm.apis.heat.figures import FONT, LINES, check_out, few, new_figure, save_figure
-from vheat_mm.apis.heat.networks import add_network_arguments, has_initial_values, load_network, vheat_of
+from vheat_mm.apis.heat.figures import FONT, LINES, few, new_figure, save_figure
+from vheat_mm.apis.heat.networks import UNTRAINED, add_network_arguments, load_vheat
 from vheat_mm.models.vheat import Stage, VHeat
 from vheat_mm.ops.freq_embed import grid_sizes
 from vheat_mm.ops.reference import decay_of, fit_freq_embed
@@ -80,10 +80,13 @@ def diffusivities(network: VHeat, size: tuple[int, int]) -> list[Diffusivity]:
     return found
 
 
-def diffusivity_figure(blocks: Sequence[Diffusivity], label: str, warning: str = '') -> Figure:
+def diffusivity_figure(blocks: Sequence[Diffusivity], label: str) -> Figure:
     """A column for each stage: k and decay of its last block, below them the decay of all blocks along n = m."""
+    title = '\n'.join(
+        filter(None, ['Diffusivity k and decay of every mode, means over channels', label, warn_of(blocks, label)])
+    )
     stages = sorted({block.stage for block in blocks})
-    figure = new_figure(11.2 + 0.4 * bool(warning))
+    figure = new_figure(10.4 + 0.4 * title.count('\n'))
     axes = figure.subplots(3, len(stages), squeeze=False)
     for stage, column in zip(stages, axes.T, strict=True):
         own = [block for block in blocks if block.stage == stage]
@@ -114,17 +117,14 @@ def diffusivity_figure(blocks: Sequence[Diffusivity], label: str, warning: str =
     axes[0, 0].set_ylabel('half waves n, height', fontsize=FONT)
     axes[1, 0].set_ylabel('half waves n, height', fontsize=FONT)
     axes[1, 0].set_xlabel('half waves m, width', fontsize=FONT)
-    title = f'Diffusivity k and decay of every mode, means over channels\n{label}'
-    figure.suptitle(title + (f'\n{warning}' if warning else ''), fontsize=FONT + 1)
+    figure.suptitle(title, fontsize=FONT + 1)
     return figure
 
 
-def warn_of(blocks: Sequence[Diffusivity], untrained: bool) -> str:
-    """What keeps maps of k from being read as something learnt; empty if nothing does."""
-    if untrained:
-        return 'UNTRAINED: these are the random values of the initialisation, nothing learnt'
+def warn_of(blocks: Sequence[Diffusivity], label: str) -> str:
+    """What keeps maps of k from being read as something learnt; empty if nothing does, or the label says so."""
     doubtful = [block for block in blocks if block.doubt()]
-    if not doubtful:
+    if not doubtful or UNTRAINED in label:
         return ''
     return (
         f'k looks random or nearly constant over the modes in {len(doubtful)} of {len(blocks)} blocks: '
@@ -140,14 +140,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draw the kind ``diffusivity``."""
-    check_out(args.out)
     if args.size is not None and args.size < 32:
         raise ToolError(f'--size {args.size}: give at least 32 pixels')
-    network = load_network(args.network, args.checkpoint, device=args.device)
-    model = vheat_of(network)
+    model, label = load_vheat(args)
     blocks = diffusivities(model, (args.size, args.size) if args.size else model.img_size)
-    untrained = not network.trained or has_initial_values(model)
-    warning = warn_of(blocks, untrained)
     for block in blocks:
         note = f'; {block.doubt()}' if block.doubt() else ''
         print(
@@ -155,6 +151,5 @@ def run(args: argparse.Namespace) -> None:
             f'flows {block.reach:.1f} px, highest mode keeps {block.decay[-1, -1]:.3f}, neighbours correlate '
             f'{block.correlation():.2f}{note}'
         )
-    if warning:
-        print(warning)
-    save_figure(diffusivity_figure(blocks, network.label, warning), args.out, palette=True)
+    print(warn_of(blocks, label) or label)
+    save_figure(diffusivity_figure(blocks, label), args.out, palette=True)

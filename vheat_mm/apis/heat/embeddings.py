@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vheat_mm.apis.heat.figures import FONT, LINES, check_out, few, new_figure, save_figure
-from vheat_mm.apis.heat.networks import add_network_arguments, has_initial_values, load_network, vheat_of
+from vheat_mm.apis.heat.figures import FONT, LINES, few, new_figure, save_figure
+from vheat_mm.apis.heat.networks import add_network_arguments, load_vheat
 from vheat_mm.ops.freq_embed import NUM_STAGES, RESIZE_MODES, grid_sizes, resize_freq_embed, to_pair
 from vheat_mm.utils.errors import ToolError
 
@@ -108,17 +108,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draw the kind ``embeddings``."""
-    check_out(args.out)
     try:
         size = to_pair(args.to[0] if len(args.to) == 1 else args.to, '--to')
     except ValueError as error:
         raise ToolError(str(error)) from error
-    network = load_network(args.network, args.checkpoint, device=args.device)
-    model = vheat_of(network)
-    label = network.label
-    if not network.trained or has_initial_values(model):
-        label += '\nUNTRAINED: random values, nothing learnt'
-    for stage, (embed, target) in enumerate(zip(model.freq_embed or (), grid_sizes(size), strict=False), 1):
+    model, label = load_vheat(args)
+    embeds = list(model.freq_embed or ())
+    if args.stage > len(embeds):
+        raise ToolError(f'--stage {args.stage}: the network has {len(embeds)} stages')
+    for stage, (embed, target) in enumerate(zip(embeds, grid_sizes(size), strict=False), 1):
         found = resizings(embed, target)
         height, width = embed.shape[:2]
         print(f'stage {stage}: {height} x {width} -> {target[0]} x {target[1]}, lowest quarter of modes')
@@ -128,7 +126,4 @@ def run(args: argparse.Namespace) -> None:
                 f'{one.empty:.0%} of the modes have no embedding'
             )
         if stage == args.stage:
-            drawn = found
-    if args.stage > len(model.freq_embed or ()):
-        raise ToolError(f'--stage {args.stage}: the network has {len(model.freq_embed or ())} stages')
-    save_figure(embeddings_figure(drawn, args.stage, label), args.out, palette=True)
+            save_figure(embeddings_figure(found, stage, label), args.out, palette=True)

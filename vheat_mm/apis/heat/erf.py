@@ -9,17 +9,18 @@ area ratio is that of the smallest square around the centre which holds a share 
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 import torch
 from mmengine.logging import print_log
 
-from vheat_mm.apis.heat.figures import FONT, WIDTH, check_out, few, new_figure, save_figure
-from vheat_mm.apis.heat.networks import Network, add_network_arguments, load_network, open_images
+from vheat_mm.apis.heat.figures import FONT, WIDTH, few, new_figure, save_figure
+from vheat_mm.apis.heat.images import list_images, open_images
+from vheat_mm.apis.heat.networks import Network, add_network_arguments, load_network
 from vheat_mm.utils.errors import ToolError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def measure(network: Network, images: Iterable[np.ndarray]) -> Field:
     """
     total, count = np.zeros(()), 0
     for image in images:
-        x = network.normalised(image).requires_grad_()
+        x = network.prepare(image).requires_grad_()
         with torch.enable_grad():
             last = network.last_map(x)
             centre = last[:, :, last.shape[2] // 2, last.shape[3] // 2].relu().sum()
@@ -118,32 +119,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--beside', nargs='+', action='append', default=[], metavar=('NETWORK', 'CHECKPOINT'), help='another network'
     )
     parser.add_argument('--number', type=int, default=ENOUGH, help=f'images to take, the first ({ENOUGH})')
-    parser.add_argument(
-        '--size',
-        type=int,
-        default=224,
-        help='side they are resized to, a multiple of 32 (224)',
-    )
+    parser.add_argument('--size', type=int, default=224, help='side they are resized to, a multiple of 32 (224)')
 
 
 def run(args: argparse.Namespace) -> None:
     """Draw the kind ``erf``."""
-    check_out(args.out)
     if args.size < 64 or args.size % 32:
         raise ToolError(f'--size {args.size}: give a multiple of 32, from 64 on')
     if args.number < 1:
         raise ToolError(f'--number {args.number}: give 1 or more')
     if any(len(other) > 2 for other in args.beside):
         raise ToolError('--beside takes a network and its checkpoint: repeat it for each network')
-    wanted: list[tuple[str, str | None]] = [(args.network, None)] if args.before and args.checkpoint else []
-    wanted += [(args.network, args.checkpoint), *((other[0], other[1] if other[1:] else None) for other in args.beside)]
+    if args.before and not args.checkpoint:
+        raise ToolError('--before compares with a CHECKPOINT: give one, or drop it')
+    wanted = [[args.network]] if args.before or not args.checkpoint else []
+    wanted += [[args.network, args.checkpoint]] if args.checkpoint else []
     size = (args.size, args.size)
-    images = [image for _, image in itertools.islice(open_images(args.images, size), args.number)]
+    opened = open_images(list_images(args.images)[: args.number])
+    images = [cv2.resize(image, size, interpolation=cv2.INTER_AREA) for image in opened]
     if len(images) < ENOUGH:
         print_log(f'{len(images)} images: the field is noisy, {ENOUGH} are usual', logger='current', level=30)
     fields = []
     print('area ratio at ' + ', '.join(f'{share:.0%}' for share in SHARES) + f' of the field, {len(images)} images')
-    for name, checkpoint in wanted:
-        fields.append(field := measure(load_network(name, checkpoint, args.size, args.device), images))
+    for name, *checkpoint in wanted + args.beside:
+        network = load_network(name, next(iter(checkpoint), None), args.size, args.device)
+        fields.append(field := measure(network, images))
         print(f'{field.label}: ' + ', '.join(f'{area:.1%}' for area in area_ratios(field.values)))
     save_figure(erf_figure(fields), args.out, palette=True)

@@ -7,17 +7,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image
 
 from vheat_mm.utils.errors import ToolError
 from vheat_mm.utils.files import atomic_file
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
 HEAT = 'inferno'  # from black over red to yellow: its lightness alone tells the value, for all kinds of sight
 WIDTH = 12.8  # inches, at 100 dots each
@@ -38,13 +35,6 @@ def few(name: str) -> Colormap:
     from matplotlib import colormaps
 
     return colormaps[name].resampled(64)
-
-
-def draw_over(axis: Axes, image: np.ndarray, heat: np.ndarray, opacity: float = 0.55) -> AxesImage:
-    """Draw heat (H, W), 0 to 1, over an image (H, W, 3) uint8 RGB, and return what a colour bar needs."""
-    axis.axis('off')
-    axis.imshow(image)
-    return axis.imshow(heat, cmap=HEAT, vmin=0, vmax=1, alpha=opacity)
 
 
 def save_figure(figure: Figure, out: str | os.PathLike, palette: bool = False) -> None:

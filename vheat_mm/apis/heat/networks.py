@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import cv2
 import numpy as np
 import torch
+from mmengine.model import ImgDataPreprocessor
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from vheat_mm.apis.config import open_config
 from vheat_mm.apis.heat.cam import to_nchw
 from vheat_mm.apis.inference.model import check_device, load_model
-from vheat_mm.apis.inference.reading import decoding, read
-from vheat_mm.apis.inference.sources import list_items
-from vheat_mm.apis.model_zoo import create_model
-from vheat_mm.models.arch import ARCHS
+from vheat_mm.apis.model_zoo import create_model, list_models
+from vheat_mm.checkpoint.io import read_checkpoint
 from vheat_mm.models.vheat import HeatConduction2d, VHeat
 from vheat_mm.utils.errors import ToolError
-from vheat_mm.utils.text import first_line
+from vheat_mm.utils.text import first_line, some_of
 from vheat_mm.utils.torchvision import ensure_torchvision
 
 TIMM = 'timm:'
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, RGB
+UNTRAINED = 'UNTRAINED: random values, nothing learnt'
 
 
 @dataclass
@@ -35,149 +32,120 @@ class Network:
     """A backbone in evaluation mode.
 
     Attributes:
-        backbone: Image (1, 3, H, W) -> one or several maps.
+        backbone: Batch (1, 3, H, W) -> one or several maps.
         label: Config or name, and checkpoint or 'untrained'.
-        trained: Whether weights were loaded.
-        mean: Of the three bands that it takes, in their order, as for ``std``.
-        to_rgb: Whether the first band is red.
+        preprocessor: MMEngine's, which makes a batch of images in BGR order.
     """
 
     backbone: nn.Module
     label: str
-    trained: bool
-    mean: Sequence[float] = MEAN
-    std: Sequence[float] = STD
-    to_rgb: bool = True
+    preprocessor: nn.Module
 
-    def last_map(self, image: Tensor) -> Tensor:
-        """Image (1, 3, H, W) of :func:`normalised` -> last map (1, C, h, w), also of channels-last networks."""
-        maps = self.backbone(image)
+    def last_map(self, batch: Tensor) -> Tensor:
+        """Batch (1, 3, H, W) of :meth:`prepare` -> last map (1, C, h, w), also of channels-last networks."""
+        maps = self.backbone(batch)
         last = maps[-1] if isinstance(maps, (tuple, list)) else maps
-        return to_nchw(last, (image.shape[-2], image.shape[-1]))
+        return to_nchw(last, (batch.shape[-2], batch.shape[-1]))
 
-    def normalised(self, image: np.ndarray) -> Tensor:
-        """Image (H, W, 3) uint8 RGB -> input (1, 3, H, W)."""
-        bands = torch.from_numpy(image if self.to_rgb else image[..., ::-1].copy()).float()
-        device = next(self.backbone.parameters()).device
-        return ((bands - torch.tensor(self.mean)) / torch.tensor(self.std)).permute(2, 0, 1)[None].to(device)
+    def prepare(self, image: np.ndarray) -> Tensor:
+        """Image (H, W, 3) uint8 RGB -> batch (1, 3, H, W), normalised."""
+        bgr = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)
+        return self.preprocessor(dict(inputs=bgr[None], data_samples=None), False)['inputs']
 
 
-def load_network(
-    name: str, checkpoint: str | None = None, size: int = 224, device: str | None = None, seed: int = 0
-) -> Network:
+def load_network(name: str, checkpoint: str | None = None, size: int = 224, device: str | None = None) -> Network:
     """Build a backbone.
 
     Args:
         name: Config of MMDetection, MMSegmentation or MMPreTrain; ``vheat_tiny``, ``vheat_small`` or ``vheat_base``; or
             ``timm:`` and the name of a timm model.
-        checkpoint: File, address, published name or ``'released'``; without it weights are random.
+        checkpoint: File, address, published name or ``'released'``; without it weights are random, the same each time.
         size: Side of the images in pixels, which some models of timm are built for.
         device: By default the accelerator that MMEngine finds, else the CPU.
-        seed: Of random weights.
 
     Raises:
-        ToolError: Unknown name, or timm is not installed.
+        ToolError: Unknown name, or timm is not installed; a checkpoint of timm does not fit.
         CheckpointError: The checkpoint does not fit.
     """
     ensure_torchvision()
     place = check_device(device)
     short = f'{name.removeprefix(TIMM)} (timm)' if name.startswith(TIMM) else Path(name).stem
     label = f'{short}, {Path(checkpoint).name if checkpoint else "untrained"}'
-    means: tuple[Any, ...] = ()
+    preprocessor: nn.Module = ImgDataPreprocessor((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), bgr_to_rgb=True)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         if name.startswith(TIMM):
-            backbone = _timm(name.removeprefix(TIMM), checkpoint, size)
-        elif name in {f'vheat_{arch}' for arch in ARCHS}:
+            backbone, preprocessor = _timm(name.removeprefix(TIMM), checkpoint, size)
+        elif name in list_models():
             backbone = create_model(name, True if checkpoint == 'released' else checkpoint, features_only=True)
-        elif checkpoint:
-            loaded = load_model(name, checkpoint, place)
-            backbone, means = loaded.model.get_submodule('backbone'), _means(loaded.model.data_preprocessor)
         else:
-            backbone, means = _untrained(name)
-    backbone.to(place)
+            model: Any = load_model(name, checkpoint, place).model if checkpoint else _untrained(name)
+            backbone, preprocessor = model.backbone, model.data_preprocessor
     backbone.train(False)  # not chained: mmdet's Swin returns None
-    return Network(backbone, label, bool(checkpoint), *means)
+    return Network(backbone.to(place), label, preprocessor.to(place))
 
 
-def _untrained(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
+def _untrained(name: str) -> nn.Module:
     cfg = open_config(name)
-    preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-    config = dict(cfg.model.backbone)
-    config.pop('init_cfg', None)  # pretrained weights would be loaded
-    config.pop('pretrained', None)
-    backbone = MODELS.build(config)
-    if not isinstance(backbone, VHeat):  # it is initialised when built
-        backbone.init_weights()
-    to_rgb = bool(preprocessor.get('bgr_to_rgb') or preprocessor.get('to_rgb'))
-    return backbone, (preprocessor.get('mean', MEAN), preprocessor.get('std', STD), to_rgb)
+    cfg.model.setdefault('data_preprocessor', cfg.get('data_preprocessor'))  # as the Runner does
+    for part in (cfg.model, cfg.model.backbone):
+        for key in ('init_cfg', 'pretrained'):  # published weights would be loaded
+            part.pop(key, None)
+    model = MODELS.build(cfg.model)
+    if not isinstance(model.backbone, VHeat):  # it is initialised when built
+        model.backbone.init_weights()
+    return model
 
 
-def _means(preprocessor: Any) -> tuple[Any, ...]:
-    if getattr(preprocessor, 'mean', None) is None:
-        return ()
-    to_rgb = bool(getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'to_rgb', False)))
-    to_rgb = to_rgb or bool(getattr(preprocessor, 'channel_conversion', False))
-    return preprocessor.mean.flatten().tolist(), preprocessor.std.flatten().tolist(), to_rgb
-
-
-def _timm(name: str, checkpoint: str | None, size: int) -> nn.Module:
+def _timm(name: str, checkpoint: str | None, size: int) -> tuple[nn.Module, nn.Module]:
     try:
         import timm
     except ImportError as error:
         raise ToolError(f"{TIMM}{name} needs timm: pip install 'vheat_mm[timm]'") from error
     if not timm.is_model(name):
         raise ToolError(f'timm has no model {name!r}; timm.list_models() lists them')
-    weights: dict[str, Any] = dict(pretrained=bool(checkpoint))
-    if checkpoint and checkpoint != 'released':
-        weights |= dict(pretrained_cfg_overlay=dict(file=str(Path(checkpoint).expanduser())))
+    arguments: dict[str, Any] = dict(num_classes=0, pretrained=checkpoint == 'released')
     try:
         try:
-            return timm.create_model(name, features_only=True, img_size=size, **weights)
+            model: Any = timm.create_model(name, img_size=size, **arguments)
         except TypeError:  # most convolutional networks are built for no size
-            return timm.create_model(name, features_only=True, **weights)
+            model = timm.create_model(name, **arguments)
     except Exception as error:
         raise ToolError(f'cannot build {TIMM}{name}: {first_line(error)}') from error
+    if checkpoint and not arguments['pretrained']:
+        content = read_checkpoint(checkpoint)
+        state = content.get('state_dict') or content.get('model') or content
+        own = model.state_dict()
+        if lacking := [key for key, value in own.items() if getattr(state.get(key), 'shape', None) != value.shape]:
+            raise ToolError(f'{checkpoint!r} does not fit {TIMM}{name}: it lacks {some_of(lacking, 3)}, or their size')
+        model.load_state_dict({key: state[key] for key in own})
+    model.forward = model.forward_features
+    means = ([255 * value for value in model.pretrained_cfg[key]] for key in ('mean', 'std'))
+    return model, ImgDataPreprocessor(*means, bgr_to_rgb=True)
 
 
-def vheat_of(network: Network) -> VHeat:
-    """The vHeat in a network, with its frequency value embeddings.
+def load_vheat(args: argparse.Namespace) -> tuple[VHeat, str]:
+    """The vHeat that :func:`add_network_arguments` name, see :func:`vheat_of`."""
+    network = load_network(args.network, args.checkpoint, device=args.device)
+    return vheat_of(network.backbone, network.label)
+
+
+def vheat_of(backbone: nn.Module, label: str) -> tuple[VHeat, str]:
+    """A backbone as a vHeat with frequency value embeddings, and its label, which says if it is untrained.
 
     Raises:
         ToolError: It is another network, or deployed for one resolution.
     """
-    found = network.backbone
-    if not isinstance(found, VHeat) or found.freq_embed is None:
-        what = 'is deployed for one resolution' if isinstance(found, VHeat) else f'has a {type(found).__name__}'
-        raise ToolError(f'{network.label} {what}: give a vHeat with frequency value embeddings')
-    return found
+    if not isinstance(backbone, VHeat) or backbone.freq_embed is None:
+        what = 'is deployed for one resolution' if isinstance(backbone, VHeat) else f'has a {type(backbone).__name__}'
+        raise ToolError(f'{label} {what}: give a vHeat with frequency value embeddings')
+    return backbone, f'{label}\n{UNTRAINED}' if has_initial_values(backbone) else label
 
 
 def has_initial_values(network: VHeat) -> bool:
     """Whether the diffusivities are as they were drawn: every bias of ``to_k`` is 0, which no training leaves so."""
     blocks = (module for module in network.modules() if isinstance(module, HeatConduction2d))
     return all(not cast(nn.Linear, block.to_k[0]).bias.any() for block in blocks)
-
-
-def open_images(sources: Sequence[str], size: tuple[int, int] | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and pixels (H, W, 3) uint8 RGB of images, resized to ``size`` (height, width).
-
-    Raises:
-        ToolError: There are none, or one cannot be read.
-    """
-    for item in list_items(list(sources)):
-        if item.is_video:
-            raise ToolError(f'{item.source} is a video: give images')
-        for sample in read(item):
-            if sample.error:
-                raise ToolError(f'{item.path}: {sample.error}')
-            with decoding():
-                image = cv2.imdecode(np.fromfile(item.path, np.uint8), cv2.IMREAD_COLOR)
-            if image is None:
-                raise ToolError(f'{item.path} cannot be decoded')
-            if size is not None:
-                image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
-            yield first_line(item.name), np.ascontiguousarray(image[..., ::-1])
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:

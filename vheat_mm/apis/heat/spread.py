@@ -8,6 +8,7 @@ leaves the range of the start by more than 1e-3; below, the highest modes still 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +16,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 
 from vheat_mm.apis.heat.diffusivity import diffusivities
 from vheat_mm.apis.heat.figures import FONT, HEAT, LINES, WIDTH, check_out, few, new_figure, save_figure
-from vheat_mm.apis.heat.networks import (
-    add_network_arguments,
-    has_initial_values,
-    load_network,
-    open_images,
-    vheat_of,
-)
+from vheat_mm.apis.heat.images import list_images, open_images
+from vheat_mm.apis.heat.networks import add_network_arguments, load_vheat
 from vheat_mm.models.vheat import VHeat
 from vheat_mm.ops.reference import decay_of, heat_conduction
 from vheat_mm.utils.errors import ToolError
@@ -138,25 +134,26 @@ def spread_figure(image: np.ndarray, patches: Sequence[Patch], found: Sequence[R
     return figure
 
 
-def write_gif(image: np.ndarray, out: str | Path, frames: int = 20) -> None:
+def write_gif(image: np.ndarray, out: str | Path, frames: int = 14) -> None:
     """The photograph (H, W, 3) uint8 from k t = 0 to the last of ``TIMES``, steps of equal ratio, as an endless GIF."""
-    times = [0.0, *np.geomspace(1, TIMES[-1], frames - 1)]
-    pictures = [Image.fromarray((conduct(image / 255, kt).clip(0, 1) * 255).round().astype(np.uint8)) for kt in times]
-    for picture in pictures:
+    pictures = []
+    for kt in (0.0, *np.geomspace(1, TIMES[-1], frames - 1)):
+        picture = Image.fromarray((conduct(image / 255, kt).clip(0, 1) * 255).round().astype(np.uint8))
         picture.thumbnail((GIF_SIDE, GIF_SIDE))
-    small = [picture.quantize(64, dither=Image.Dither.NONE) for picture in pictures]
-    durations = [800, *[120] * (frames - 2), 1500]  # milliseconds
+        ImageDraw.Draw(picture).text((4, 4), f'k t = {kt:.0f}', 'white', stroke_width=1, stroke_fill='black')
+        pictures.append(picture.quantize(256, dither=Image.Dither.NONE))
+    durations = [800, *[150] * (frames - 2), 1500]  # milliseconds
     target = check_out(out, ('.gif',))
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(target) as file:
-        small[0].save(file, 'GIF', save_all=True, append_images=small[1:], duration=durations, loop=0)
+        pictures[0].save(file, 'GIF', save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
-def resize_to_patches(image: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """An image (H, W, 3) uint8 with ``side`` pixels on the longer side, and whole patches on both."""
+def crop_to_patches(image: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """An image (H, W, 3) uint8 with ``side`` pixels on the longer side; the shorter is cut to whole patches."""
     height, width = image.shape[:2]
-    sides = [max(PATCH, round(each * side / max(height, width) / PATCH) * PATCH) for each in (width, height)]
-    return np.asarray(Image.fromarray(image).resize((sides[0], sides[1]), Image.Resampling.LANCZOS))
+    size = [max(1, round(each * side / max(height, width) / PATCH)) * PATCH for each in (width, height)]
+    return np.asarray(ImageOps.fit(Image.fromarray(image), (size[0], size[1]), Image.Resampling.LANCZOS))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,11 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_network_arguments(parser)
     parser.add_argument('--image', required=True, help='a photograph')
     parser.add_argument(
-        '--patches',
-        nargs='+',
-        default=[f'{x},{y}' for x, y in PATCHES],
-        metavar='X,Y',
-        help='centres, shares of width and height',
+        '--patches', nargs='+', type=_patch, default=PATCHES, metavar='X,Y', help='centres, shares of width and height'
     )
     parser.add_argument('--size', type=int, default=SIDE, help=f'longer side in pixels, a multiple of {PATCH} ({SIDE})')
     parser.add_argument('--gif', metavar='FILE', help='also write the photograph through time')
@@ -176,36 +169,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draw the kind ``spread``."""
-    check_out(args.out)
     if args.gif:
         check_out(args.gif, ('.gif',))
     if args.size < PATCH or args.size % PATCH:
         raise ToolError(f'--size {args.size}: give a multiple of {PATCH}')
-    patches = [_patch(text) for text in args.patches]
-    opened = list(open_images([args.image]))
-    if len(opened) != 1:
-        raise ToolError(f'--image {args.image}: {len(opened)} images, give one')
-    image = opened[0][1]
-    image = resize_to_patches(image, args.size)
+    items = list_images([args.image])
+    if len(items) != 1:
+        raise ToolError(f'--image {args.image}: {len(items)} images, give one')
+    (image,) = map(functools.partial(crop_to_patches, side=args.size), open_images(items))
     size = image.shape[0], image.shape[1]
-    network = load_network(args.network, args.checkpoint, device=args.device)
-    model = vheat_of(network)
-    label = network.label
-    if not network.trained or has_initial_values(model):
-        label += '\nUNTRAINED: random k, nothing learnt'
-    start = patch_map(patches, size)[..., None]
+    model, label = load_vheat(args)
+    start = patch_map(args.patches, size)[..., None]
     for name, first in (('photograph', image / 255), ('patches', start)):
         for kt in TIMES:
             heat = conduct(first, kt)
             low = round(heat.min(), 4) + 0.0  # no -0.0000
             print(f'{name}, k t = {kt:g}: sum {heat.sum():.4f}, values {low:.4f} to {heat.max():.4f}')
-    found = responses(model, patches, size)
+    found = responses(model, args.patches, size)
     for response in found:
         print(
             f'stage {response.stage}: sum {response.start.sum():.4f} -> {response.heat.sum():.4f}, '
             f'{response.inside:.1%} stays in the patches'
         )
-    save_figure(spread_figure(image, patches, found, label), args.out)
+    save_figure(spread_figure(image, args.patches, found, label), args.out)
     if args.gif:
         write_gif(image, args.gif)
 
@@ -216,5 +202,5 @@ def _patch(text: str) -> Patch:
     except ValueError:
         x = y = -1.0
     if not (0 <= x <= 1 and 0 <= y <= 1):
-        raise ToolError(f'--patches {text}: give X,Y as shares of width and height, such as 0.3,0.5')
+        raise argparse.ArgumentTypeError(f'{text}: give X,Y as shares of width and height, such as 0.3,0.5')
     return x, y
