@@ -92,6 +92,26 @@ def test_a_writer_that_fails_ends_the_run(tmp_path):
     assert list(journal.read_journals(tmp_path)) == ['a']
 
 
+def test_a_result_that_cannot_be_written_is_an_error_of_its_input(tmp_path):
+    """Such as a JPEG of more than 65500 columns: the other writers and inputs go on."""
+
+    class Failing(Recorder):
+        def write(self, prediction):
+            if prediction.item.name == 'b':
+                raise ValueError('encoder\nfailed')
+
+    recorder = Recorder()
+    thread = run.WriterThread(
+        [Failing(), recorder], Journal(tmp_path, '000001-000000'), dict.fromkeys('abc', Stamp(1, 2))
+    )
+    for prediction in predictions_of(*items_of('a', 'b', 'c')):
+        thread.put(prediction)
+    thread.finish()
+    assert [name for name, _ in recorder.written] == ['a', 'b', 'c']
+    errors = {name: entry.error for name, entry in journal.read_journals(tmp_path).items()}
+    assert errors == {'a': None, 'b': 'a result cannot be written: encoder', 'c': None}
+
+
 def test_a_signal_ends_the_run_with_what_is_predicted(tmp_path):
     """The prediction during which it comes is written; an error of the prediction after it is none."""
     stop = run.StopSignals(tmp_path)
@@ -202,7 +222,7 @@ def test_output_folders(tmp_path, resume):
     (empty / 'painted' / '.a.jpg.1234.part').touch()
     (empty / 'painted' / 'b.part').touch()
     if resume:
-        assert journal.open_folder(empty, resume) == ['1 temporary files of a killed run removed']
+        assert journal.open_folder(empty, resume) == ['removed of a killed run: 1 temporary file']
         assert [path.name for path in (empty / 'painted').iterdir()] == ['b.part']
         release()
     else:

@@ -7,6 +7,8 @@ import itertools
 import multiprocessing
 import os
 import signal
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -270,6 +272,40 @@ def test_the_process_ends_with_its_consumer():
     assert len(multiprocessing.active_children()) == 1
     results.close()
     assert multiprocessing.active_children() == []
+
+
+def test_the_process_removes_what_it_has_downloaded(tmp_path):
+    def download(_):
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            yield from range(100)
+
+    results = read_ahead(download, [0], 2)
+    next(results)
+    assert len(list(tmp_path.iterdir())) == 1
+    results.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_process_outlives_the_thread_that_began():
+    """As of a web server, which has another thread for each call."""
+    results, first = read_ahead(lambda job: [job], range(9), 1), []
+    thread = threading.Thread(target=lambda: first.append(next(results)))
+    thread.start()
+    thread.join()
+    time.sleep(0.2)
+    assert [*first, *results] == [(job, job) for job in range(9)]
+
+
+def _in_daemon() -> None:
+    assert list(read_ahead(lambda job: [job], range(3), 1)) == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_in_a_daemon_process():
+    """Such as a worker of a pool or of a DataLoader, which may start no process."""
+    process = multiprocessing.get_context('fork').Process(target=_in_daemon, daemon=True)
+    process.start()
+    process.join(20)
+    assert process.exitcode == 0
 
 
 @pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='reads memory from /proc')

@@ -96,7 +96,7 @@ def test_equal_names_get_the_folders_in_front(tmp_path, said):
 
 def test_names_of_files_and_folders_do_not_clash():
     assert number_equal(['a.jpg', 'A.JPG', 'a.jpg/b.jpg', 'a.jpg/c.jpg']) == [
-        *('a.jpg', 'A_2.JPG', 'a_3.jpg/b.jpg', 'a_3.jpg/c.jpg')
+        *('a_2.jpg', 'A_3.JPG', 'a.jpg/b.jpg', 'a.jpg/c.jpg')
     ]
     assert number_equal(['a.jpg/b.jpg', 'a.jpg']) == ['a.jpg/b.jpg', 'a_2.jpg']
     assert number_equal(['a.png', 'a_2.png', 'a.png']) == ['a.png', 'a_2.png', 'a_3.png']

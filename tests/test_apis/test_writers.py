@@ -12,9 +12,9 @@ import pytest
 import torch
 from fake_predictions import CLASSES, detection
 
-from vheat_mm.apis.inference.class_table import TableWriter, merge_table
-from vheat_mm.apis.inference.coco import CocoIds, CocoWriter, merge_coco, to_coco
-from vheat_mm.apis.inference.parts import Key, PartFile, Parts
+from vheat_mm.apis.inference.class_table import merge_table, table_entries
+from vheat_mm.apis.inference.coco import CocoIds, coco_results, merge_coco, to_coco
+from vheat_mm.apis.inference.parts import Key, PartFile, Parts, PartWriter
 from vheat_mm.apis.inference.types import Item, Prediction
 from vheat_mm.utils.errors import ToolError
 from vheat_mm.utils.torchvision import ensure_torchvision
@@ -27,7 +27,9 @@ def load_coco(path):
 class TestCoco:
     def write(self, folder: Path, predictions, ids=None, score_thr=0.3):
         """Two processes write, one joins."""
-        writers = [CocoWriter(folder / f'coco.{rank}.jsonl', score_thr) for rank in range(2)]
+        writers = [
+            PartWriter(folder / f'coco.{rank}.jsonl', lambda found: coco_results(found, score_thr)) for rank in range(2)
+        ]
         for prediction in predictions:
             writers[prediction.item.index % 2].write(prediction)
         for writer in writers:
@@ -35,8 +37,8 @@ class TestCoco:
             writer.close()
         items = [prediction.item for prediction in predictions]
         parts = {folder / f'coco.{rank}.jsonl': [item for item in items if item.index % 2 == rank] for rank in range(2)}
-        target = folder / 'predictions.json'
-        return target, merge_coco(parts, ids or CocoIds(CLASSES), target)
+        merge_coco(parts, ids or CocoIds(CLASSES), folder / 'predictions.json')
+        return folder / 'predictions.json'
 
     def test_loads_with_pycocotools(self, tmp_path):
         mask_of = pytest.importorskip('pycocotools.mask')
@@ -44,8 +46,7 @@ class TestCoco:
         empty = detection('sub/empty.png', 1, boxes=none.reshape(0, 4), scores=none, labels=none, masks=[])
         predictions = [detection('z.jpg', 3), empty, detection('b.jpg', 0), detection('bad.jpg', 2, error='torn')]
         predictions += [detection('clip.mp4', 4, frame=frame) for frame in (1, 0)]
-        target, counts = self.write(tmp_path, predictions)
-        assert counts == (5, 8)
+        target = self.write(tmp_path, predictions)
         coco = load_coco(target)
         assert [(image['id'], image['file_name']) for image in coco.dataset['images']] == [
             (1, 'b.jpg'),
@@ -80,7 +81,7 @@ class TestCoco:
         assert [entry['score'] for entry in json.loads(content)['annotations']] == [pytest.approx(0.2)]
 
     def test_boxes_alone(self, tmp_path):
-        target, _ = self.write(tmp_path, [detection(with_masks=False)], score_thr=float(np.float32(0.2)))
+        target = self.write(tmp_path, [detection(with_masks=False)], score_thr=float(np.float32(0.2)))
         annotations = load_coco(target).dataset['annotations']
         assert [annotation['area'] for annotation in annotations][1:] == [900.0, 16.0]
         assert 'segmentation' not in annotations[0]
@@ -116,7 +117,7 @@ class TestCoco:
             metric.process({}, [dict(img_id=20 + index, ori_shape=(60, 80), pred_instances=found)])
         expected = metric.evaluate(size=4)
 
-        target, _ = self.write(tmp_path, predictions, CocoIds(CLASSES, file), score_thr=0.0)
+        target = self.write(tmp_path, predictions, CocoIds(CLASSES, file), score_thr=0.0)
         annotations = json.loads(target.read_text())['annotations']
         for kind in ('bbox', 'segm'):
             # Of masks CocoMetric leaves out boxes: pycocotools would take areas from them.
@@ -138,9 +139,8 @@ class TestCoco:
         categories = [dict(id=5, name='nut'), dict(id=90, name='other'), dict(id=2, name='coin')]
         file.write_text(json.dumps(dict(images=images, categories=categories, annotations=[])))
         names = ['a.jpg', 'x/a.jpg', 'out/b.jpg', 'd.jpg', 'c/d.jpg']
-        target, _ = self.write(
-            tmp_path, [detection(name, index) for index, name in enumerate(names)], CocoIds(CLASSES, file)
-        )
+        found = [detection(name, index) for index, name in enumerate(names)]
+        target = self.write(tmp_path, found, CocoIds(CLASSES, file))
         coco = load_coco(target)
         assert {image['file_name']: image['id'] for image in coco.dataset['images']} == {
             'a.jpg': 7,  # exactly
@@ -160,16 +160,16 @@ class TestCoco:
 
 class TestParts:
     def test_what_a_killed_process_leaves(self, tmp_path):
-        """A torn line is cut off, and lines count of the inputs that a file is said to hold."""
+        """A torn line does not count, and lines count of the inputs that a file is said to hold."""
         paths = tmp_path / 'old', tmp_path / 'new'
         old = PartFile(paths[0])
         for name in ('a', 'b', 'gone'):
             old.append(Key(name, None), f'old {name}')
+        old.append(Key('c\udcff', 3), ['late c'])
         old.close()
         with paths[0].open('ab') as file:
-            file.write(b'{"name":"c"}\t"to')
-        old, new = PartFile(paths[0]), PartFile(paths[1])
-        old.append(Key('c\udcff', 3), ['late c'])
+            file.write(b'{"name":"a"}\t"to')
+        new = PartFile(paths[1])
         new.append(Key('b', None), 'new b')
         a, b, c = (Item(name, name, index, name) for index, name in ((2, 'a'), (1, 'b'), (0, 'c\udcff')))
         assert list(Parts({paths[0]: [a, c], paths[1]: [b], tmp_path / 'none': [a]})) == [
@@ -203,17 +203,17 @@ class TestTable:
     NAMES = ('a, "b"\nc', 'ü', 'd', 'e', 'f', 'g')
 
     def merge(self, folder, predictions, classes, task):
-        writer = TableWriter(folder / 'part', classes, 0.3)
+        writer = PartWriter(folder / 'part', lambda found: list(table_entries(found, classes, 0.3)))
         for prediction in predictions:
             writer.write(prediction)
         writer.close()
         parts = {folder / 'part': [prediction.item for prediction in predictions]}
-        counts = [merge_table(parts, task, folder / name) for name in ('t.csv', 't.jsonl')]
+        for name in ('t.csv', 't.jsonl'):
+            merge_table(parts, task, folder / name)
         content = (folder / 't.csv').read_bytes()
-        assert content.count(b'\r\n') == counts[0] + 1  # RFC 4180
         rows = list(csv.DictReader(io.StringIO(content.decode(), newline='')))
+        assert content.count(b'\r\n') == len(rows) + 1  # RFC 4180
         lines = [json.loads(line) for line in (folder / 't.jsonl').read_text().splitlines()]
-        assert counts == [len(rows), len(lines)]
         return rows, lines
 
     def test_classes(self, tmp_path):

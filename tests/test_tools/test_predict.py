@@ -142,7 +142,7 @@ def test_a_folder_with_broken_files_and_a_video(place, capfd):
     options = (inputs, '--recursive', '--out', out, '--score-thr', 0.01)
     predict(place, *options, status=1)
     printed = capfd.readouterr().out
-    assert '8 images, 1 videos with 4 frames, 3 broken inputs;' in printed
+    assert '8 images, 1 video with 4 frames, 3 broken inputs;' in printed
     errors = (out / 'errors.txt').read_text().splitlines()
     assert [line.split(':')[0] for line in errors] == ['empty.png', 'text.jpg', 'second/cut.png']
     content = load(out)
@@ -158,13 +158,16 @@ def test_a_folder_with_broken_files_and_a_video(place, capfd):
     shutil.copy(inputs / '2.png', inputs / 'empty.png')
     shutil.copy(inputs / '3.png', inputs / '4.png')
     shutil.copy(inputs / '5.png', inputs / 'first' / 'new.png')
+    (inputs / 'first' / '0.png').write_text('no image any more')
     predict(place, *options, '--resume', status=1)
     printed = capfd.readouterr().out
-    assert '1 inputs have changed and are predicted again: 4.png' in printed
-    assert '3 images, 2 broken inputs, 8 done before;' in printed
-    new = {'empty.png', '4.png', 'first/new.png'}
-    assert {image['file_name'] for image in load(out)['images']} == names | new
-    assert {path.name for path in before if path.stat().st_mtime_ns != before[path]} == {'4.png'}
+    assert 'changed since and predicted again: 2 inputs, 4.png, first/0.png' in printed
+    assert '3 images, 3 broken inputs, 7 done before;' in printed
+    new = (names | {'empty.png', '4.png', 'first/new.png'}) - {'first/0.png'}
+    assert {image['file_name'] for image in load(out)['images']} == new
+    changed = {path for path in before if not path.exists() or path.stat().st_mtime_ns != before[path]}
+    assert changed == {out / 'painted/4.png', out / 'painted/first/0.png'}
+    assert not (out / 'painted/first/0.png').exists()
     predict(place, *options[:3], 'anew', *options[4:], status=1)
     assert (out / 'predictions.json').read_bytes() == (place / 'anew' / 'predictions.json').read_bytes()
 
@@ -174,6 +177,7 @@ def test_a_folder_with_broken_files_and_a_video(place, capfd):
     message = call_failing(capfd, run_prediction, CONFIG, 'other.pth', *options, '--resume', '--tta', cwd=place)
     assert 'tta was False and is True' in message
     assert 'checkpoint was' in message
+    shutil.copy(inputs / '1.png', inputs / 'first' / '0.png')
 
 
 def start(place: Path, *arguments: object) -> subprocess.Popen:
@@ -286,6 +290,7 @@ def test_a_full_disk(place, data, capfd, monkeypatch):
         message = call_failing(capfd, run_prediction, CONFIG, CHECKPOINT, *options, cwd=place)
     assert 'no space left' in message
     assert '--resume' in message
+    assert len(load(place / 'full')['images']) == 2
     predict(place, *options, '--resume')
     assert '2 done before' in capfd.readouterr().out
     assert len(load(place / 'full')['images']) == 6

@@ -33,6 +33,11 @@ def some_of(items: Iterable, limit: int = 8) -> str:
     return shown if len(listed) <= limit else f'{shown} and {len(listed) - limit} more'
 
 
+def count(number: int, noun: str) -> str:
+    """``'1 image'``, ``'2 images'``."""
+    return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
+
+
 def format_shape(shape: Sequence[int]) -> str:
     """``'56x56x96'``, or ``'scalar'`` for a shape without dimensions."""
     return 'x'.join(map(str, shape)) or 'scalar'

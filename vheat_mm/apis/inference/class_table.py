@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vheat_mm.apis.inference.coco import kept_boxes
-from vheat_mm.apis.inference.parts import Key, PartFile, Parts, report_full_disk
+from vheat_mm.apis.inference.parts import Parts, report_full_disk
 from vheat_mm.apis.inference.types import Item, Prediction
 from vheat_mm.utils.files import atomic_file
 
@@ -26,35 +26,6 @@ COLUMNS = {
     + [f'{what}-{place}' for place in range(1, TOP + 1) for what in ('class', 'score')],
     'detection': ['name', 'frame', 'class', 'label', 'score', 'x1', 'y1', 'x2', 'y2'],
 }
-
-
-class TableWriter:
-    """Writes the classes of images, one line an image, for :func:`merge_table`.
-
-    Args:
-        part: The file of this process.
-        classes: The model's.
-        score_thr: Boxes with lower scores are left out; all classes of a classifier count.
-    """
-
-    def __init__(self, part: Path, classes: Sequence[str], score_thr: float = 0.0) -> None:
-        self._part = PartFile(part)
-        self._classes = classes
-        self._score_thr = score_thr
-
-    def write(self, prediction: Prediction) -> None:
-        """Write the classes of an image or frame; nothing of one with an error.
-
-        Raises:
-            ToolError: The disk is full.
-        """
-        if prediction.error is None:
-            found = list(table_entries(prediction, self._classes, self._score_thr))
-            self._part.append(Key(prediction.item.name, prediction.frame), found)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._part.close()
 
 
 def best_classes(scores: np.ndarray) -> list[int]:
@@ -85,38 +56,31 @@ def table_entries(prediction: Prediction, classes: Sequence[str], score_thr: flo
         yield {'class': classes[label], 'label': label, 'score': round(score, 6), **box}
 
 
-def merge_table(parts: Mapping[Path, Sequence[Item]], task: str, target: Path) -> int:
+def merge_table(parts: Mapping[Path, Sequence[Item]], task: str, target: Path) -> None:
     """Join the files of all processes and runs into one, in the order of the listing and of frames.
 
     Args:
-        parts: Files of :class:`TableWriter`, each with the inputs whose lines in it count.
+        parts: Files of lists of :func:`table_entries`, each with the inputs whose lines in it count.
         task: 'classification' or 'detection'.
         target: The file to write: CSV of RFC 4180 in UTF-8 if its name ends with '.csv', else JSON lines, each with
             ``name``, of a video ``frame``, and ``classes`` or ``boxes``, see :func:`table_entries`.
 
-    Returns:
-        Number of rows or lines.
-
     Raises:
         ToolError: The disk is full; ``target`` is as it was.
     """
-    count = 0
     with report_full_disk(target), atomic_file(target) as file:
         if target.suffix == '.csv':
             # Names of files that are not valid Unicode are written as they are.
             text = io.TextIOWrapper(file, 'utf-8', errors='surrogateescape', newline='', write_through=True)
             table = csv.DictWriter(text, COLUMNS[task], extrasaction='ignore')
             table.writeheader()
-            for count, row in enumerate(_rows(Parts(parts), task), 1):  # noqa: B007
-                table.writerow(row)
+            table.writerows(_rows(Parts(parts), task))
             text.detach()
-            return count
+            return
         for key, found in Parts(parts):
             frame = {} if key.frame is None else dict(frame=key.frame)
             line = dict(name=key.name, **frame, **{'boxes' if task == 'detection' else 'classes': found})
             file.write(json.dumps(line).encode('ascii') + b'\n')
-            count += 1
-    return count
 
 
 def _rows(lines: Parts, task: str) -> Iterator[dict[str, Any]]:

@@ -15,38 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from mmengine.logging import print_log
 
-from vheat_mm.apis.inference.parts import Key, PartFile, Parts, report_full_disk
+from vheat_mm.apis.inference.parts import Key, Parts, report_full_disk
 from vheat_mm.apis.inference.types import Item, Prediction
 from vheat_mm.utils.errors import ToolError
 from vheat_mm.utils.files import atomic_file
 from vheat_mm.utils.text import first_line, some_of
 from vheat_mm.version import __version__
-
-
-class CocoWriter:
-    """Writes detections, one line an image, for :func:`merge_coco`.
-
-    Args:
-        part: The file of this process.
-        score_thr: Boxes with lower scores are left out.
-    """
-
-    def __init__(self, part: Path, score_thr: float = 0.0) -> None:
-        self._part = PartFile(part)
-        self._score_thr = score_thr
-
-    def write(self, prediction: Prediction) -> None:
-        """Write the detections of an image or frame; nothing of one with an error.
-
-        Raises:
-            ToolError: The disk is full.
-        """
-        if prediction.error is None:
-            self._part.append(_key(prediction), _results(prediction, self._score_thr))
-
-    def close(self) -> None:
-        """Close the file."""
-        self._part.close()
 
 
 class CocoIds:
@@ -122,18 +96,15 @@ class CocoIds:
         return ids
 
 
-def merge_coco(parts: Mapping[Path, Sequence[Item]], ids: CocoIds, target: Path) -> tuple[int, int]:
+def merge_coco(parts: Mapping[Path, Sequence[Item]], ids: CocoIds, target: Path) -> None:
     """Join the files of all processes and runs into one COCO file, in the order of the listing and of frames.
 
     Memory holds a few numbers an image, and the annotations of one image at a time.
 
     Args:
-        parts: Files of :class:`CocoWriter`, each with the inputs whose lines in it count.
+        parts: Files of :func:`coco_results`, each with the inputs whose lines in it count.
         ids: Of images and categories.
         target: The file to write.
-
-    Returns:
-        Numbers of images and of annotations in it.
 
     Raises:
         ToolError: The disk is full; ``target`` is as it was.
@@ -142,42 +113,30 @@ def merge_coco(parts: Mapping[Path, Sequence[Item]], ids: CocoIds, target: Path)
     numbers = ids.of_images(lines.keys())
     with report_full_disk(target), atomic_file(target) as file:
 
-        def write_list(name: str, entries: Iterable[dict[str, Any]], end: str) -> int:
+        def write_list(name: str, entries: Iterable[dict[str, Any]], end: str) -> None:
             file.write(f'"{name}": ['.encode('ascii'))
-            count = 0
-            for count, entry in enumerate(entries, 1):
-                file.write(('\n' if count == 1 else ',\n').encode('ascii') + json.dumps(entry).encode('ascii'))
+            for place, entry in enumerate(entries):
+                file.write((',\n' if place else '\n').encode('ascii') + json.dumps(entry).encode('ascii'))
             file.write(f']{end}\n'.encode('ascii'))
-            return count
 
         file.write(f'{{"info": {json.dumps(_info())},\n'.encode('ascii'))
         write_list('categories', ids.categories, ',')
         write_list('images', _images(lines, numbers), ',')
-        count = write_list('annotations', _annotations(lines, numbers, ids.of_labels), '}')
-    return len(numbers), count
+        write_list('annotations', _annotations(lines, numbers, ids.of_labels), '}')
 
 
-def to_coco(
-    predictions: Iterable[Prediction],
-    classes: Sequence[str],
-    score_thr: float = 0.0,
-    ann_file: str | Path | None = None,
-) -> dict[str, Any]:
+def to_coco(predictions: Iterable[Prediction], classes: Sequence[str], score_thr: float = 0.0) -> dict[str, Any]:
     """Detections as the content of a COCO file.
 
     Args:
         predictions: Of a detector; those with an error are left out.
         classes: The model's.
         score_thr: Boxes with lower scores are left out.
-        ann_file: A COCO file to take the ids of images and categories from, see :class:`CocoIds`.
-
-    Raises:
-        ToolError: As :class:`CocoIds`.
     """
-    ids = CocoIds(classes, ann_file)
+    ids = CocoIds(classes)
     found = [prediction for prediction in predictions if prediction.error is None]
     found.sort(key=lambda prediction: (prediction.item.index, prediction.frame or 0))
-    lines = [(_key(prediction), _results(prediction, score_thr)) for prediction in found]
+    lines = [(_key(prediction), coco_results(prediction, score_thr)) for prediction in found]
     numbers = ids.of_images(key for key, _ in lines)
     return dict(
         info=_info(),
@@ -220,8 +179,8 @@ def _key(prediction: Prediction) -> Key:
     return Key(prediction.item.name, prediction.frame)
 
 
-def _results(prediction: Prediction, score_thr: float) -> dict[str, Any]:
-    """What a line holds of an image."""
+def coco_results(prediction: Prediction, score_thr: float = 0.0) -> dict[str, Any]:
+    """The size and the boxes of an image or frame, as :func:`merge_coco` takes them."""
     from pycocotools import mask as rle
 
     found = kept_boxes(prediction, score_thr)

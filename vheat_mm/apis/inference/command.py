@@ -35,7 +35,7 @@ from vheat_mm.engine.runner.processes import Processes
 from vheat_mm.utils.errors import ToolError
 from vheat_mm.utils.files import atomic_file
 from vheat_mm.utils.process import end_with_parent
-from vheat_mm.utils.text import first_line, some_of
+from vheat_mm.utils.text import count, first_line, some_of
 
 BROKEN = 1  # exit status
 # Besides those of the config; of a changed one, earlier results would be others.
@@ -115,11 +115,17 @@ class _Command:
         progress = Progress(len(mine), shown=self.is_first)
         with StopSignals(self.out) as stop:
             thread = WriterThread(results.writers(part), Journal(self.out, part), stamps)
-            predict_all(predictor.predict_items(mine), thread, progress, stop, processes.get_on)
+            fault: Exception | None = None
+            try:
+                predict_all(predictor.predict_items(mine), thread, progress, stop, processes.get_on)
+            except Exception as error:  # what is done is joined before the end
+                fault = error
             numbers, missing = processes.gather('end', stop.number, lambda: stop.number is not None)
             number = max(filter(None, numbers), default=None)
             status = processes.share('status', lambda: self._end(items, plan, results, progress, number, missing))
             processes.leave()
+        if fault is not None:
+            raise fault
         return status
 
     def _list(self) -> list[list[Any]]:
@@ -166,10 +172,12 @@ class _Command:
         done = journal.read_journals(self.out)
         stamps = [journal.stamp(item.path) for item in items]
         left, changed = journal.still_to_do(items, stamps, done)
+        results.remove([items[place] for place in left if items[place].name in done])
         if changed:
-            print_log(f'{len(changed)} inputs have changed and are predicted again: {some_of(changed, 3)}', 'current')
+            text = f'changed since and predicted again: {count(len(changed), "input")}, {some_of(changed, 3)}'
+            print_log(text, 'current')
         if gone := set(done) - {item.name for item in items}:
-            print_log(f'{len(gone)} inputs of earlier runs are no longer listed: left out of {self.out}', 'current')
+            print_log(f'no longer listed: {count(len(gone), "input")} of earlier runs, left out', 'current')
         return dict(left=left, stamps=[stamps[place] for place in left], run=journal.next_run(self.out))
 
     def _end(
@@ -226,13 +234,13 @@ class _Command:
         """The closing line."""
         ours = [(item, done[item.name]) for item in items if item.name in todo and item.name in done]
         images = sum(entry.images for item, entry in ours if not item.is_video)
-        videos = [entry for item, entry in ours if item.is_video]
-        frames = sum(entry.images for entry in videos)
+        videos = [entry.images for item, entry in ours if item.is_video and entry.images]
+        frames = sum(videos)
         seconds = progress.seconds
-        parts = [f'{images} images']
+        parts = [count(images, 'image')]
         if videos:
-            parts.append(f'{len(videos)} videos with {frames} frames')
-        parts.append(f'{sum(entry.error is not None for _, entry in ours)} broken inputs')
+            parts.append(f'{count(len(videos), "video")} with {count(frames, "frame")}')
+        parts.append(count(sum(entry.error is not None for _, entry in ours), 'broken input'))
         if skipped := len(items) - len(todo):
             parts.append(f'{skipped} done before')
         rate = (images + frames) / max(seconds, 1e-9)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,14 +18,13 @@ from typing import Any, NamedTuple
 from vheat_mm.apis.inference.parts import Key, PartFile, report_full_disk
 from vheat_mm.apis.inference.types import Item
 from vheat_mm.checkpoint.io import files_of, find_checkpoint
-from vheat_mm.checkpoint.run_folder import LOCK_FILE, lock
+from vheat_mm.checkpoint.run_folder import lock
 from vheat_mm.utils.errors import ToolError
 from vheat_mm.utils.files import PARTIAL, atomic_file
-from vheat_mm.utils.text import first_line, some_of
+from vheat_mm.utils.text import count, first_line, some_of
 
 FOLDER = '.predict'
 _SETTINGS, _JOURNAL = 'settings.json', '.journal'
-_OURS = {LOCK_FILE, _SETTINGS}
 
 
 class Stamp(NamedTuple):
@@ -147,10 +145,8 @@ def open_folder(folder: Path, resume: bool) -> list[str]:
         notes = lock(folder / FOLDER, option='--out')
     if resume and not begun:
         notes.append(f'--resume: no run in {folder} yet, a new one begins')
-    left = [path for path in folder.rglob(f'.*{PARTIAL}') if path.is_file() and not path.is_symlink()]
-    for path in left:
-        path.unlink()
-    return notes + ([f'{len(left)} temporary files of a killed run removed'] if left else [])
+    left = sweep(folder)
+    return notes + ([f'removed of a killed run: {count(left, "temporary file")}'] if left else [])
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -235,11 +231,11 @@ def still_to_do(
     return left, changed
 
 
-def sweep(folder: Path) -> None:
-    """Remove the temporary files of this process, which is about to end; never fails."""
-    with contextlib.suppress(OSError):
-        for root, _, names in os.walk(folder):
-            for name in names:
-                if name.startswith('.') and name.endswith(PARTIAL):
-                    with contextlib.suppress(OSError):
-                        Path(root, name).unlink()
+def sweep(folder: Path) -> int:
+    """Remove the temporary files of processes that have ended, or of this one before it does; returns their number."""
+    removed = 0
+    for path in folder.rglob(f'.*{PARTIAL}'):
+        with contextlib.suppress(OSError):
+            path.unlink()
+            removed += 1
+    return removed

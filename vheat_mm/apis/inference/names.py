@@ -68,37 +68,19 @@ def distinct_names(places: Sequence[tuple[Hashable, Path, str]]) -> list[str]:
 
 
 def number_equal(names: Iterable[str], fold: Callable[[str], str] = str.casefold) -> list[str]:
-    """The names, with a number before the suffix of those that equal an earlier one, by default but for case.
-
-    Neither is one the folder of another, as for ``a.jpg`` and ``a.jpg/b.jpg``.
-    """
-    files: set[str] = set()
-    folders: set[str] = set()
-    renamed: dict[str, str] = {}  # folders whose name a file has
+    """The names, with a number in those that equal an earlier one or a folder of another, by default but for case."""
+    names = list(names)
+    taken = {fold(str(parent)) for name in names for parent in PurePosixPath(name).parents}
     last_number: dict[str, int] = {}  # counting from 1 each time would be quadratic
-
-    def numbered(name: str) -> str:
-        path, number = PurePosixPath(name), last_number.get(fold(name), 1)
-        changed = name
-        while fold(changed) in files or fold(changed) in folders:
+    result = []
+    for name in names:
+        path, number, changed = PurePosixPath(name), last_number.get(fold(name), 1), name
+        while fold(changed) in taken:
             number += 1
             changed = str(path.with_name(f'{path.stem}_{number}{path.suffix}'))
         last_number[fold(name)] = number
-        return changed
-
-    result = []
-    for name in names:
-        *parents, last = name.split('/')
-        path = ''
-        for part in parents:
-            folder = f'{path}{part}'
-            if fold(folder) in files:
-                folder = renamed.get(folder) or renamed.setdefault(folder, numbered(folder))
-            folders.add(fold(folder))
-            path = f'{folder}/'
-        unique = numbered(f'{path}{last}')
-        files.add(fold(unique))
-        result.append(unique)
+        taken.add(fold(changed))
+        result.append(changed)
     return result
 
 

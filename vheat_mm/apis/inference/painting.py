@@ -17,6 +17,7 @@ from mmengine.logging import print_log
 from vheat_mm.apis.inference.class_table import best_classes
 from vheat_mm.apis.inference.coco import kept_boxes
 from vheat_mm.apis.inference.parts import report_full_disk
+from vheat_mm.apis.inference.slicing import import_supervision
 from vheat_mm.apis.inference.types import Item, Prediction
 from vheat_mm.apis.inference.video import VideoWriter
 from vheat_mm.utils.files import atomic_file
@@ -99,9 +100,7 @@ class _Look(NamedTuple):
         if 0 <= label < len(self.palette):
             red, green, blue = self.palette[label]
             return int(red), int(green), int(blue)
-        from supervision import ColorPalette
-
-        return ColorPalette.DEFAULT.by_idx(label).as_rgb()
+        return import_supervision('to paint').ColorPalette.DEFAULT.by_idx(label).as_rgb()
 
     def name(self, label: int) -> str:
         """A class's name, or its number where no font has the name's characters."""
@@ -150,10 +149,9 @@ def _font_path(names: tuple[str, ...]) -> tuple[str, tuple[bool, ...]]:
 def _paint_boxes(
     image: np.ndarray, prediction: Prediction, look: _Look, score_thr: float, opacity: float
 ) -> np.ndarray:
-    import supervision as sv
+    sv = import_supervision('to paint')
     from PIL import ImageFont
     from pycocotools import mask as rle
-    from supervision.detection.compact_mask import CompactMask
 
     found = kept_boxes(prediction, score_thr)
     if not len(found.scores):
@@ -167,7 +165,7 @@ def _paint_boxes(
         # The mask's own box: that of the detector may cut it.
         around = np.asarray(rle.toBbox(encoded), dtype=np.float64)
         around[:, 2:] += around[:, :2] - 1
-        masks = CompactMask.from_coco_rle(encoded, around, (height, width))
+        masks = sv.CompactMask.from_coco_rle(encoded, around, (height, width))
     boxes = boxes.clip(-_OUTSIDE, np.array([width, height, width, height]) + _OUTSIDE)
     detections = sv.Detections(xyxy=boxes, mask=masks, confidence=scores, class_id=labels)
     # One colour a box, as supervision takes the number of a class modulo the length of its palette.
@@ -284,23 +282,14 @@ class PaintedWriter:
         name_of: The name in ``folder`` of an input's result; its ending says the format, MP4 for videos.
         classes: The model's.
         palette: Red, green and blue of each class.
-        score_thr: Boxes with lower scores are not painted.
-        opacity: Of masks, from 0 to 1.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        name_of: Callable[[Item], str],
-        classes: Sequence[str],
-        palette: Sequence[RGB],
-        score_thr: float = 0.0,
-        opacity: float = 0.5,
+        self, folder: Path, name_of: Callable[[Item], str], classes: Sequence[str], palette: Sequence[RGB]
     ) -> None:
         self._folder, self._name_of = folder, name_of
-        self._paint = functools.partial(paint, classes=classes, palette=palette, score_thr=score_thr, opacity=opacity)
+        self._paint = functools.partial(paint, classes=classes, palette=palette)
         self._video: VideoWriter | None = None
-        self._of: Item | None = None  # which video it is
 
     def write(self, prediction: Prediction) -> None:
         """Paint an image, or the next frame of a video; a video that ends with an error keeps its frames.
@@ -308,31 +297,23 @@ class PaintedWriter:
         Raises:
             ToolError: The disk is full; nothing of the image or video is left.
         """
-        item = prediction.item
-        if self._video is not None and item != self._of:  # it has lost its end
-            self._end_video()
         if prediction.error is None:
-            target = self._folder / self._name_of(item)
+            target = self._folder / self._name_of(prediction.item)
             painted = self._paint(prediction)
-            if item.is_video:
-                if self._video is None:
-                    self._video, self._of = VideoWriter(target, prediction.fps), item
+            if prediction.item.is_video:
+                self._video = self._video or VideoWriter(target, prediction.fps)
                 self._video.write(painted)
             else:
                 _write_image(painted, target)
-        if prediction.last:
-            self._end_video()
+        if prediction.last and self._video is not None:
+            video, self._video = self._video, None
+            video.close()
 
     def close(self) -> None:
         """Remove a video that is not complete."""
         video, self._video = self._video, None
         if video is not None:
             video.abandon()
-
-    def _end_video(self) -> None:
-        video, self._video = self._video, None
-        if video is not None:
-            video.close()
 
 
 def _write_image(image: np.ndarray, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Results as lines that each process appends to a file of its own, and the reading of all of them in one order.
+"""Results as lines that each process writes to a file of its own, and the reading of all of them in one order.
 
 A line is a JSON object with the input's name and, of a video, the frame; a tab, which JSON never holds as such; and the
 results as JSON. So an index needs no memory but a place in a file for each image, and no results are parsed for it.
@@ -11,11 +11,11 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vheat_mm.apis.inference.types import Item
+from vheat_mm.apis.inference.types import Item, Prediction
 from vheat_mm.utils.errors import ToolError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -52,19 +52,16 @@ class PartFile:
     """Lines of one process, each of them written whole or not at all.
 
     Args:
-        path: The file, appended to if it exists; an incomplete last line, of a process that was killed, is cut off.
+        path: A new file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with report_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o666)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, 'O_BINARY', 0)
+            self._descriptor: int | None = os.open(path, flags, 0o666)
         self._end = 0
-        with path.open('rb') as file:
-            for line in file:
-                self._end += len(line) if line.endswith(b'\n') else 0
-        self._cut()
 
     def append(self, key: Key, results: Any) -> None:
         """Write the results of an image, so that they outlive this process.
@@ -81,8 +78,9 @@ class PartFile:
                 rest = memoryview(line)
                 while rest:
                     rest = rest[os.write(self._descriptor, rest) :]
-            except BaseException:
-                self._cut()
+            except BaseException:  # back to the end of the last whole line
+                os.ftruncate(self._descriptor, self._end)
+                os.lseek(self._descriptor, self._end, os.SEEK_SET)
                 raise
         self._end += len(line)
 
@@ -92,11 +90,30 @@ class PartFile:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _cut(self) -> None:
-        """Go back to the end of the last whole line."""
-        assert self._descriptor is not None
-        os.ftruncate(self._descriptor, self._end)
-        os.lseek(self._descriptor, self._end, os.SEEK_SET)
+
+class PartWriter:
+    """Writes the results of predictions as lines; nothing of one with an error.
+
+    Args:
+        path: The file of this process.
+        results: What a line holds of a prediction; JSON must be able to.
+    """
+
+    def __init__(self, path: Path, results: Callable[[Prediction], Any]) -> None:
+        self._file, self._results = PartFile(path), results
+
+    def write(self, prediction: Prediction) -> None:
+        """Write the line of an image or frame.
+
+        Raises:
+            ToolError: The disk is full.
+        """
+        if prediction.error is None:
+            self._file.append(Key(prediction.item.name, prediction.frame), self._results(prediction))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 class Parts:

@@ -119,7 +119,7 @@ class Predictor:
         if slice_size is not None and self.task == 'classification':
             raise ToolError(f'slice_size={slice_size}: a class belongs to a whole image; tiles are for other tasks')
         if slice_size is not None and self.task == 'detection':
-            import_supervision()
+            import_supervision('to merge the tiles of a detector')
         if amp and self.device.type == 'cpu':
             check_cpu_amp(self.cfg)
         if half:

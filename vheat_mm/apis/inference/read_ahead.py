@@ -14,6 +14,7 @@ import os
 import pickle
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -27,6 +28,8 @@ from vheat_mm.utils.process import end_with_parent
 Job = TypeVar('Job')
 Result = TypeVar('Result')
 _RESULT, _DONE, _ERROR = 'result', 'done', 'error'
+_PATIENCE = 1.0  # seconds for a process to end by itself
+_starting = threading.Lock()  # a process that another thread forks would hold a pipe open
 
 
 class WorkerDied(NamedTuple):
@@ -44,28 +47,37 @@ def read_ahead(
 ) -> Iterator[tuple[Job, Result | WorkerDied]]:
     """Yield each job with each of its results, in order; a process of its own computes them in advance.
 
+    Inside a daemon process, which may start no others, they are computed when they are asked for.
+
     Args:
         function: Its exceptions are raised here. Results are pickled, so nothing stays in shared memory.
         jobs: Of one or more results each.
         ahead: Number of results that may wait.
         timeout: Seconds for one result, after which the process is ended (not on Windows).
     """
+    if multiprocessing.current_process().daemon:
+        yield from ((job, result) for job in jobs for result in function(job))
+        return
     # Forked processes have the libraries loaded already; importing them takes seconds.
     context: Any = multiprocessing.get_context('fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn')
+    # The system takes the thread that starts a process for its parent, and another one may consume the results.
+    parent = os.getpid() if threading.current_thread() is threading.main_thread() else None
     start = 0
     while start < len(jobs):
-        ours, theirs = context.Pipe(duplex=False)
-        arguments = (theirs, ours, os.getpid(), function, jobs, start, timeout)
-        # From this thread, while the network does not run: a process forked meanwhile would get its locks as they are.
-        process = context.Process(target=_work, args=arguments, daemon=True)
-        process.start()
-        theirs.close()  # so that reading our end fails once the process is gone
+        with _starting:
+            ours, theirs = context.Pipe(duplex=False)
+            arguments = (theirs, ours, parent, function, jobs, start, timeout)
+            # From this thread, while the network does not run: a process forked meanwhile would get its locks as they
+            # are.
+            process = context.Process(target=_work, args=arguments, daemon=True)
+            process.start()
+            theirs.close()  # so that reading our end fails once the process is gone
         arrived: queue.Queue = queue.Queue(max(1, ahead))
         ended = threading.Event()
         receiver = threading.Thread(target=_receive, args=(ours, arrived, ended), daemon=True)
         receiver.start()
         try:
-            while (message := arrived.get()) is not None:
+            while start < len(jobs) and (message := arrived.get()) is not None:
                 kind, result = pickle.loads(message)
                 if kind == _ERROR:
                     raise result
@@ -73,12 +85,14 @@ def read_ahead(
                     yield jobs[start], result
                 else:
                     start += 1
-            process.join()
             if start < len(jobs):
+                process.join()
                 yield jobs[start], WorkerDied(_reason(process.exitcode, timeout))
                 start += 1
         finally:
             ended.set()
+            process.terminate()  # it removes what it has downloaded
+            process.join(_PATIENCE)
             process.kill()
             process.join()
             receiver.join()
@@ -119,7 +133,7 @@ class _Pickler(pickle.Pickler):
 def _work(
     connection: Connection,
     other_end: Connection,
-    parent: int,
+    parent: int | None,
     function: Callable[[Job], Iterable[Result]],
     jobs: Sequence[Job],
     start: int,
@@ -127,8 +141,10 @@ def _work(
 ) -> None:
     """Send each job's results, then that it is done: so the parent knows which job a crash belongs to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    end_with_parent(signal.SIGKILL, parent)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    set_timer(timeout)  # its signal ends the process, also inside of a decoder
+    if parent is not None:
+        end_with_parent(signal.SIGKILL, parent)
     other_end.close()  # so that sending fails once the parent is gone
     torch.set_num_threads(1)  # the threads of the parent's pools do not exist here
     with contextlib.suppress(ImportError):
@@ -144,7 +160,6 @@ def _work(
         set_timer(timeout)
 
     try:
-        set_timer(timeout)  # its signal ends the process, also inside of a decoder
         for job in itertools.islice(jobs, start, None):
             for result in function(job):
                 send(_RESULT, result)

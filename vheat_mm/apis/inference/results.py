@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from vheat_mm.apis.inference.class_table import TableWriter, merge_table
-from vheat_mm.apis.inference.coco import CocoIds, CocoWriter, merge_coco
+from vheat_mm.apis.inference.class_table import merge_table, table_entries
+from vheat_mm.apis.inference.coco import CocoIds, coco_results, merge_coco
 from vheat_mm.apis.inference.journal import FOLDER, Done, parts_of
 from vheat_mm.apis.inference.label_maps import LabelMapWriter
 from vheat_mm.apis.inference.names import output_names
 from vheat_mm.apis.inference.painting import PaintedWriter
+from vheat_mm.apis.inference.parts import PartWriter
 from vheat_mm.apis.inference.predictor import Predictor
 from vheat_mm.apis.inference.run import Writer
 from vheat_mm.apis.inference.types import Item
@@ -82,22 +84,29 @@ class Results:
         make: dict[str, Callable[[], Writer]] = {
             'painted': lambda: PaintedWriter(*self._mirror('painted'), classes, predictor.palette),
             'label-maps': lambda: LabelMapWriter(*self._mirror('label_maps'), predictor.palette),
-            'coco': lambda: CocoWriter(self._part(part, 'coco')),
-            'csv': lambda: TableWriter(self._part(part, 'csv'), classes),
-            'jsonl': lambda: TableWriter(self._part(part, 'jsonl'), classes),
+            'coco': lambda: PartWriter(self._part(part, 'coco'), coco_results),
+            'table': lambda: PartWriter(self._part(part, 'table'), lambda found: list(table_entries(found, classes))),
         }
-        return [make[kind]() for kind in self.kinds]
+        kinds = dict.fromkeys('table' if kind in ('csv', 'jsonl') else kind for kind in self.kinds)
+        return [make[kind]() for kind in kinds]
+
+    def remove(self, items: Iterable[Item]) -> None:
+        """Remove what earlier runs have written of inputs that are predicted again: they may be broken now."""
+        for kind in ('painted', 'label_maps'):
+            folder, name_of = self._mirror(kind)
+            for target in (folder / name_of(item) for item in items):
+                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
 
     def merge(self, done: Mapping[str, Done]) -> None:
         """Join the files of all processes and runs, those of inputs that are done."""
         for kind in self.kinds:
             if kind not in _FILES:
                 continue
-            parts, target = parts_of(self._out, done, self._items, f'.{kind}'), self._out / _FILES[kind]
+            target = self._out / _FILES[kind]
             if self._ids is not None and kind == 'coco':
-                merge_coco(parts, self._ids, target)
+                merge_coco(parts_of(self._out, done, self._items, '.coco'), self._ids, target)
             else:
-                merge_table(parts, self._predictor.task, target)
+                merge_table(parts_of(self._out, done, self._items, '.table'), self._predictor.task, target)
 
     def _mirror(self, kind: str) -> tuple[Path, Callable[[Item], str]]:
         names = output_names(self._items, kind)

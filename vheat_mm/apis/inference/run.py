@@ -19,7 +19,9 @@ from mmengine.logging import print_log
 
 from vheat_mm.apis.inference.journal import Journal, Stamp, sweep
 from vheat_mm.apis.inference.types import Prediction
+from vheat_mm.utils.errors import ToolError, describe
 from vheat_mm.utils.process import INTERRUPTED, handle_signals, process_rank
+from vheat_mm.utils.text import first_line
 
 _AHEAD = 4  # predictions that wait to be written
 _LINES = 30.0  # seconds between two lines of progress in a log
@@ -40,7 +42,8 @@ class WriterThread:
     """Writes predictions in a thread of its own, and then the journal.
 
     Args:
-        writers: Called one after the other for each prediction.
+        writers: Called one after the other for each prediction. What a writer fails with is an error of that input,
+            but for OSError and ToolError, such as a full disk, which end the run.
         journal: Gets a line once all results of an input are written.
         stamps: Of the inputs, by name.
     """
@@ -91,12 +94,15 @@ class WriterThread:
             self._error = self._error or error
 
     def _write(self, prediction: Prediction) -> None:
+        self._failed = prediction.error or self._failed
         for writer in self._writers:
-            writer.write(prediction)
-        if prediction.error is None:
-            self._count += 1
-        else:
-            self._failed = prediction.error
+            try:
+                writer.write(prediction)
+            except (OSError, ToolError):
+                raise
+            except Exception as error:  # encoders and painting: of this image alone
+                self._failed = f'a result cannot be written: {first_line(describe(error))}'
+        self._count += prediction.error is None
         if prediction.last:
             self._journal.write(prediction.item, self._stamps[prediction.item.name], self._failed, self._count)
             self._count, self._failed = 0, None

@@ -82,7 +82,7 @@ def merge_detections(pieces: Sequence[tuple[Tile, dict[str, Any]]], size: tuple[
         pieces: Tiles with their ``boxes``, ``scores``, ``labels`` and ``masks``.
         size: (height, width) of the image.
     """
-    sv = import_supervision()
+    sv = import_supervision('to merge the tiles of a detector')
     from pycocotools import mask as coco_mask
 
     height, width = size
@@ -122,16 +122,14 @@ def merge_detections(pieces: Sequence[tuple[Tile, dict[str, Any]]], size: tuple[
     return dict(boxes=merged.xyxy, scores=merged.data['score'], labels=merged.class_id, masks=masks)
 
 
-def import_supervision() -> Any:
+def import_supervision(purpose: str) -> Any:
     """supervision, imported where it is needed: it takes most of a second.
 
     Raises:
-        ToolError: It is not installed.
+        ToolError: It is not installed; the message names the purpose.
     """
     try:
         import supervision
     except ModuleNotFoundError as error:
-        raise ToolError(
-            "tiles of a detector need supervision to merge them: pip install 'vheat_mm[predict]'"
-        ) from error
+        raise ToolError(f"supervision is needed {purpose}: pip install 'vheat_mm[predict]'") from error
     return supervision
