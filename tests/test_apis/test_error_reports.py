@@ -6,7 +6,7 @@ import pytest
 from mmengine.runner.base_loop import BaseLoop
 
 from vheat_mm.apis.errors import run_reporting_errors
-from vheat_mm.utils.errors import ToolError
+from vheat_mm.utils.errors import ArgumentError, ToolError
 from vheat_mm.utils.process import STOP_NOTE
 
 
@@ -45,6 +45,9 @@ def report(capfd, error: Exception, finished: bool) -> tuple[int, list[str]]:
     [
         (ToolError('drop --seed'), False, 2, 'error: drop --seed'),
         (ToolError('drop --seed'), True, 2, 'error: drop --seed'),
+        (ArgumentError('slice_size', 0, 'too small'), False, 2, 'error: --slice 0: too small'),
+        (ArgumentError('half', True, 'no GPU'), False, 2, 'error: --half: no GPU'),
+        (ArgumentError('classes', ['a', 'b'], 'no b'), False, 2, 'error: --classes a b: no b'),
         (
             TypeError('two\nlines'),
             False,

@@ -191,6 +191,18 @@ class TestPaintedWriter:
             video.write(np.zeros((40, 60, 3), np.float64))
         assert [path.name for path in tmp_path.iterdir()] == ['a.mp4']
 
+    def test_equal_frames_are_equal_bytes(self, tmp_path):
+        """So a run that was stopped and taken up again leaves the files of a run in one go."""
+        pytest.importorskip('av')
+        noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+        image = noise.repeat(4, axis=0).repeat(4, axis=1)
+        for number in range(8):
+            video = VideoWriter(tmp_path / f'{number}.mp4', 25)
+            for shift in range(40):
+                video.write(np.roll(image, 3 * shift, axis=1))
+            video.close()
+        assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
     def test_full_disk(self, writer, tmp_path, monkeypatch):
         """The system says so when data are written to the disk, at the latest."""
 

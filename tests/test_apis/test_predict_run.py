@@ -209,6 +209,8 @@ def test_output_folders(tmp_path, resume):
     (full / 'thesis.tex').touch()
     with pytest.raises(ToolError, match='this is a file'):
         journal.open_folder(file, resume)
+    with pytest.raises(ToolError, match=r'--out .*file/out cannot be written: Not a directory; choose another folder'):
+        journal.open_folder(file / 'out', resume)
     with pytest.raises(ToolError, match=r'thesis\.tex'):
         journal.open_folder(full, resume)
     assert [path.name for path in full.iterdir()] == ['thesis.tex']

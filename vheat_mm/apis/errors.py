@@ -15,7 +15,7 @@ from pathlib import Path
 from mmengine.runner.base_loop import BaseLoop
 
 from vheat_mm.utils.config_place import explain
-from vheat_mm.utils.errors import REQUEUE, USER_ERRORS, StopRequested, VHeatError, describe
+from vheat_mm.utils.errors import REQUEUE, USER_ERRORS, ArgumentError, StopRequested, VHeatError, describe
 from vheat_mm.utils.process import INTERRUPTED, STOP_NOTE, process_count, process_rank
 
 SHOW_TRACEBACK = 'VHEAT_TRACEBACK'
@@ -70,6 +70,8 @@ def run_reporting_errors(body: Callable[[], None]) -> int:
 
 def _message(error: Exception) -> str:
     """The message in one line, after the place in the config from which it comes."""
+    if isinstance(error, ArgumentError):
+        return error.of_command()
     if isinstance(error, VHeatError):
         return describe(error)
     place, message = explain(error)

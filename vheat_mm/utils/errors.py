@@ -20,6 +20,29 @@ class ToolError(VHeatError):
     """Wrong use of a command-line tool; the message says what to change."""
 
 
+class ArgumentError(ToolError):
+    """A value that a function does not take.
+
+    Args:
+        argument: Its name.
+        value: What was given.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, argument: str, value: object, reason: str) -> None:
+        super().__init__(argument, value, reason)
+
+    def __str__(self) -> str:
+        return '{}={!r}: {}'.format(*self.args)
+
+    def of_command(self) -> str:
+        """The message with the tools' option in place of the argument."""
+        argument, value, reason = self.args
+        option = '--slice' if argument == 'slice_size' else '--' + argument.replace('_', '-')
+        values = [] if value is True else value if isinstance(value, list | tuple) else [value]
+        return f'{" ".join([option, *map(str, values)])}: {reason}'
+
+
 class AnnotationError(VHeatError, ValueError):
     """Annotations that do not fit the model or the data set's class names."""
 

@@ -58,9 +58,12 @@ def check_out(out: str | os.PathLike, suffixes: tuple[str, ...] = ('.png',)) -> 
     """A file to write; an unfit name is better told before the work than after it.
 
     Raises:
-        ToolError: Another suffix, or a folder.
+        ToolError: Another suffix, a folder, or a place where nothing can be written.
     """
     path = Path(out)
     if path.suffix.lower() not in suffixes or path.is_dir():
         raise ToolError(f'--out {out}: give the name of a file that ends with {" or ".join(suffixes)}')
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ToolError(f'--out {out}: nothing can be written in {folder}; choose another folder')
     return path

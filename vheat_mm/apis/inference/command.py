@@ -39,7 +39,7 @@ from vheat_mm.utils.text import count, first_line, some_of
 
 BROKEN = 1  # exit status
 # Besides those of the config; of a changed one, earlier results would be others.
-_SETTINGS = ('tta', 'amp', 'half', 'classes', 'slice', 'overlap')
+_SETTINGS = ('tta', 'amp', 'half', 'classes', 'slice')
 _LISTED = 20  # broken inputs that are printed at the end
 ERRORS = 'errors.txt'
 
@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     add('--ann-file', metavar='FILE', help='COCO file whose ids of images and categories predictions.json gets')
     add('--tta', action='store_true', help='test-time augmentation')
     add('--slice', type=int, metavar='PIXELS', help='cut larger images into tiles of this size')
-    add('--overlap', type=float, default=0.2, metavar='SHARE', help='of a tile that the next one repeats (0.2)')
+    add('--overlap', type=float, metavar='SHARE', help='of a tile that the next one repeats (0.2)')
     add('--batch-size', type=int, default=1, metavar='N', help='images of equal size, or tiles, at once (1)')
     add('--device', help="such as cpu or cuda:1; by default what is there, with torchrun each process's own")
     add('--amp', action='store_true', help='mixed precision (on the CPU: bfloat16)')
@@ -163,7 +163,8 @@ class _Command:
         """What is to be done, given what earlier runs have done."""
         cfg = predictor.cfg
         settings: dict[str, Any] = {name: getattr(self.args, name) for name in _SETTINGS}
-        settings['score-thr'], settings['save'] = predictor.score_thr, sorted(results.kinds)
+        settings['overlap'], settings['score-thr'] = predictor.overlap, predictor.score_thr
+        settings['save'] = sorted(results.kinds)
         settings['checkpoint'] = journal.digest(
             cfg.load_from if self.args.checkpoint == 'released' else self.args.checkpoint
         )

@@ -124,8 +124,8 @@ def open_folder(folder: Path, resume: bool) -> list[str]:
     """Make the output folder, or enter that of an earlier run, and lock it; returns lines for the log.
 
     Raises:
-        ToolError: It is a file, in use by another process, not empty without ``resume``, or of no run with it.
-        OSError: It cannot be made.
+        ToolError: It is a file, in use by another process, not empty without ``resume``, of no run with it, or cannot
+            be made.
     """
     if folder.exists() and not folder.is_dir():
         raise ToolError(f'--out {folder}: this is a file, expected a folder')
@@ -141,8 +141,11 @@ def open_folder(folder: Path, resume: bool) -> list[str]:
             f'--resume: {folder} holds other files and no run of tools/predict.py ({some_of(sorted(others), 3)}): '
             'choose the --out of the run that is to go on'
         )
-    with report_full_disk(folder / FOLDER):
-        notes = lock(folder / FOLDER, option='--out')
+    try:
+        with report_full_disk(folder / FOLDER):
+            notes = lock(folder / FOLDER, option='--out')
+    except OSError as error:
+        raise ToolError(f'--out {folder} cannot be written: {error.strerror}; choose another folder') from error
     if resume and not begun:
         notes.append(f'--resume: no run in {folder} yet, a new one begins')
     left = sweep(folder)

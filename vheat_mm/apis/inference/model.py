@@ -24,7 +24,7 @@ from vheat_mm.models.pretrained_init import to_mmengine
 from vheat_mm.models.weights import check_fit, load_fitting
 from vheat_mm.utils.config_place import describe_building, type_name
 from vheat_mm.utils.dist import unwrap
-from vheat_mm.utils.errors import ToolError, VHeatError
+from vheat_mm.utils.errors import ArgumentError, ToolError, VHeatError
 from vheat_mm.utils.text import first_line
 
 TASKS = dict(mmdet='detection', mmseg='segmentation', mmpretrain='classification')
@@ -116,13 +116,15 @@ def check_device(name: str | torch.device | None) -> torch.device:
     """A device by name.
 
     Raises:
-        ToolError: There is no such device, or PyTorch cannot use it.
+        ArgumentError: There is no such device, or PyTorch cannot use it.
     """
     try:
-        found = torch.device(get_device() if name is None else name)
+        name = get_device() if name is None else name
+        found = torch.device(name)
         torch.zeros(1).to(found)
     except Exception as error:  # each backend has its own
-        raise ToolError(f'device {str(name)!r} cannot be used: {first_line(error)}') from error
+        reason = f"cannot be used: {first_line(error)}; 'cpu' can be used on any machine"
+        raise ArgumentError('device', str(name), reason) from error
     return found
 
 

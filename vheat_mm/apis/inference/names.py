@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from mmengine.logging import print_log
 
 from vheat_mm.apis.inference.types import Item
-from vheat_mm.utils.text import first_line
+from vheat_mm.utils.text import count, first_line
 
 # Control characters, what Windows and its file systems forbid, and bytes of a name that are no UTF-8.
 _UNSAFE = re.compile('[\x00-\x1f\x7f<>:"|?*\\\\\ud800-\udfff]')
@@ -117,8 +117,8 @@ def _safe_names(items: Sequence[Item], wanted: Sequence[str], kind: str) -> dict
     if changed:
         name, input_name = changed[0]
         print_log(
-            f'{len(changed)} files in {kind} have other names than their inputs, such as {name} of '
-            f'{first_line(input_name)!r}: not all file systems have such names, or tell upper and lower case apart',
+            f'under other names in {kind}: {count(len(changed), "file")}, such as {name} of {first_line(input_name)}, '
+            'as not all file systems take all characters or tell upper and lower case apart',
             'current',
         )
     return dict(zip([item.index for item in items], names, strict=True))

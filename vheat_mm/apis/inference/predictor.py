@@ -30,7 +30,7 @@ from vheat_mm.datasets.checks.images import LIMIT
 from vheat_mm.engine.hooks.annotation_check_hook import count_bands
 from vheat_mm.utils.config_place import did_you_mean
 from vheat_mm.utils.dist import unwrap
-from vheat_mm.utils.errors import ToolError
+from vheat_mm.utils.errors import ArgumentError, ToolError
 from vheat_mm.utils.text import first_line, some_of
 
 Source = str | os.PathLike | np.ndarray
@@ -59,7 +59,7 @@ class Predictor:
         score_thr: Of detectors: detections below this score are left out. By default as the config
             shows them, else 0.3.
         slice_size: Cut images that are larger than this many pixels into tiles of this size; not for classifiers.
-        overlap: Share of a tile that the next one repeats; objects up to this size are found whole.
+        overlap: Share of a tile that the next one repeats, 0.2 by default; objects up to this size are found whole.
         cfg_options: Values of the config to replace, such as ``{'model.test_cfg.rcnn.max_per_img': 300}``.
         keep_image: Return the images with the predictions.
         max_pixels: Refuse larger files before they are decoded; by default what is 512 MiB decoded.
@@ -69,6 +69,7 @@ class Predictor:
         classes: Names of the model's classes.
         palette: A colour (red, green, blue) for each.
         score_thr: See above.
+        overlap: See above.
         model: The network.
         cfg: Its config.
         device: Where the network runs.
@@ -92,32 +93,35 @@ class Predictor:
         classes: str | Sequence[str] | None = None,
         score_thr: float | None = None,
         slice_size: int | None = None,
-        overlap: float = 0.2,
+        overlap: float | None = None,
         cfg_options: dict[str, Any] | None = None,
         keep_image: bool = True,
         max_pixels: int | None = None,
     ) -> None:
         for name, value in (('batch_size', batch_size), ('slice_size', slice_size), ('max_pixels', max_pixels)):
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise ToolError(f'{name}={value!r}: expected a positive whole number')
-        if not 0 <= overlap < 1:
-            raise ToolError(f'overlap={overlap!r}: expected a share of a tile from 0 to below 1, such as 0.2')
+                raise ArgumentError(name, value, 'expected a positive whole number')
+        if overlap is not None and not 0 <= overlap < 1:
+            raise ArgumentError('overlap', overlap, 'expected a share of a tile from 0 to below 1, such as 0.2')
+        if overlap is not None and slice_size is None:
+            raise ArgumentError('overlap', overlap, 'there are no tiles without slice_size (--slice)')
         if score_thr is not None and not 0 <= score_thr <= 1:
-            raise ToolError(f'score_thr={score_thr!r}: expected a score from 0 to 1')
+            raise ArgumentError('score_thr', score_thr, 'expected a score from 0 to 1')
         if amp and half:
-            raise ToolError('amp and half both choose the precision: drop one of them')
+            raise ArgumentError('amp', amp, 'half chooses the precision, too; drop one of the two')
         self.device = check_device(device)
         if half and self.device.type == 'cpu':
-            raise ToolError('half=True needs a GPU: convolutions in float16 are slow or missing on the CPU; drop it')
+            raise ArgumentError('half', half, 'needs a GPU, as convolutions in float16 are slow or missing on the CPU')
 
         loaded = load_model(config, checkpoint, self.device, cfg_options, tta)
         self.model: Any = loaded.model
         self.cfg, self.task = loaded.cfg, loaded.task
         self.classes, self.palette = loaded.classes, loaded.palette
         if score_thr is not None and self.task != 'detection':
-            raise ToolError(f'score_thr={score_thr!r} chooses among detections, and this is a model for {self.task}')
+            raise ArgumentError('score_thr', score_thr, f'is for detections, and this is a model for {self.task}')
         if slice_size is not None and self.task == 'classification':
-            raise ToolError(f'slice_size={slice_size}: a class belongs to a whole image; tiles are for other tasks')
+            reason = 'a class belongs to a whole image; tiles are for other tasks'
+            raise ArgumentError('slice_size', slice_size, reason)
         if slice_size is not None and self.task == 'detection':
             import_supervision('to merge the tiles of a detector')
         if amp and self.device.type == 'cpu':
@@ -129,7 +133,9 @@ class Predictor:
         self._chosen = self._find_chosen(classes)
         self._low_precision = amp or half
         self._batch_size, self._max_pixels = batch_size, max_pixels
-        self._prepare = Preparer(self.cfg, count_bands(unwrap(self.model)), self._read, keep_image, slice_size, overlap)
+        self.overlap = 0.2 if overlap is None else overlap
+        bands = count_bands(unwrap(self.model))
+        self._prepare = Preparer(self.cfg, bands, self._read, keep_image, slice_size, self.overlap)
 
     def __call__(self, sources: Source | Iterable[Source], recursive: bool = False) -> Iterator[Prediction]:
         """Predict on files, folders, globs, lists of paths, videos and addresses; or on arrays.
@@ -299,11 +305,12 @@ class Predictor:
             return None
         names = [classes] if isinstance(classes, str) else list(classes)
         if not names:
-            raise ToolError('classes=[] keeps nothing: name those to keep, or drop it')
+            raise ArgumentError('classes', names, 'keeps nothing: name those to keep, or drop it')
         for name in names:
             if name not in self.classes:
                 hint = did_you_mean(str(name), self.classes)
-                raise ToolError(f'classes: the model knows no {name!r}{hint}; it knows {some_of(self.classes, 100)}')
+                reason = f'the model knows no {name!r}{hint}; it knows {some_of(self.classes, 100)}'
+                raise ArgumentError('classes', names, reason)
         return [number for number, name in enumerate(self.classes) if name in names]
 
 

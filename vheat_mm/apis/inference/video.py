@@ -20,8 +20,8 @@ from vheat_mm.utils.files import atomic_file
 _USUAL_FPS = 25
 _LONGEST = 1000  # frames a second; more is a container's unit of time
 _BT709 = 1  # FFmpeg's number of the colour space, the same for its matrix, primaries and transfer
-# Little memory: an encoder looks ahead over whole frames.
-_ENCODER = dict(preset='veryfast', crf='20', **{'rc-lookahead': '10'})
+# Without looking ahead over whole frames, it takes little memory and writes equal frames as equal bytes.
+_ENCODER = dict(preset='veryfast', crf='20', **{'rc-lookahead': '0'})
 
 
 class VideoWriter:
