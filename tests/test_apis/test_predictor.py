@@ -22,7 +22,7 @@ from mmengine.registry import DefaultScope
 from trained_models import CLASSES, CLASSIFIER, DETECTOR, SEGMENTOR, write
 
 from vheat_mm.apis.inference import Item, Prediction, Predictor, Sample
-from vheat_mm.apis.inference.preparing import Job, Preparer
+from vheat_mm.apis.inference.preparing import Preparer
 from vheat_mm.apis.inference.read_ahead import WorkerDied, read_ahead
 from vheat_mm.apis.inference.rle import encode_masks
 from vheat_mm.apis.inference.slicing import merge_detections, merge_label_maps, tiles_of
@@ -140,7 +140,7 @@ def test_arrays_and_frames_give_what_files_give(models, images, monkeypatch):
             yield Sample(item, array, number, last=number == 3, fps=25.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr('vheat_mm.apis.inference.predictor.read', read_clip)
+        patch.setattr('vheat_mm.apis.inference.preparing.read', read_clip)
         frames = list(predictor.predict_items([clip]))
     assert [(frame.frame, frame.last, frame.fps) for frame in frames] == [(n, n == 3, 25.0) for n in range(4)]
     for of_file, of_array, of_frame in zip(predictor.predict_items(images), predictor(arrays), frames, strict=True):
@@ -183,7 +183,7 @@ def test_models_of_several_libraries_take_turns(models, images):
         assert [prediction.error for prediction in found] == [None] * 3
     assert [scope.scope_name for scope in scopes] == ['mmdet', 'mmseg', 'mmpretrain']
     for predictor in predictors:  # as pictures of heat do
-        [prepared] = Preparer(predictor.cfg, 3, iter, False, None, 0)(Job(images[0], cv2.imread(images[0].path)))
+        [prepared] = Preparer(predictor.cfg, 3)(Sample(images[0], cv2.imread(images[0].path)))
         assert type(prepared.data['data_samples']).__module__.startswith(predictor.cfg.default_scope)
 
 
@@ -238,8 +238,8 @@ def test_other_bands_are_told_by_both_numbers():
         dict(type='Normalize', mean=[0.0] * 5, std=[1.0] * 5, to_rgb=False),
     ]
     cfg = Config(dict(test_dataloader=dict(dataset=dict(pipeline=steps))))
-    prepare = Preparer(cfg, 1, iter, keep_image=False, slice_size=None, overlap=0.0)
-    [five], [four] = (list(prepare(Job(Item('', '', 0, ''), np.ones((8, 8, bands), np.uint16)))) for bands in (5, 4))
+    prepare = Preparer(cfg, 1)
+    [five], [four] = (list(prepare(Sample(Item('', '', 0, ''), np.ones((8, 8, bands), np.uint16)))) for bands in (5, 4))
     assert five.data['img'].shape == (8, 8, 5)
     assert four.sample.error == 'an image of 4 bands, and the model takes 5'
 

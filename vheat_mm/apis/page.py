@@ -19,12 +19,11 @@ from vheat_mm.apis.heat.diffusivity import diffusivities, diffusivity_figure
 from vheat_mm.apis.heat.images import prepare_images
 from vheat_mm.apis.heat.networks import vheat_of
 from vheat_mm.apis.heat.spread import PATCHES, crop_to_patches, responses, spread_figure
-from vheat_mm.apis.inference import Item, Prediction, Predictor
+from vheat_mm.apis.inference import Item, Prediction, Predictor, Sample
 from vheat_mm.apis.inference.class_table import table_entries
 from vheat_mm.apis.inference.coco import to_coco
 from vheat_mm.apis.inference.model import LoadedModel
 from vheat_mm.apis.inference.painting import displayable, paint
-from vheat_mm.apis.inference.preparing import Job
 from vheat_mm.models.vheat import VHeat
 from vheat_mm.utils.errors import ToolError
 
@@ -78,7 +77,7 @@ class HeatKind(NamedTuple):
 
 def _draw_cam(model: Model, image: np.ndarray, target: str | None) -> Figure:
     loaded = model.loaded
-    (data,) = prepare_images(loaded, [Job(Item('', 'the image', 0, 'the image'), image)])
+    (data,) = prepare_images(loaded, [Sample(Item('', 'the image', 0, 'the image'), image)])
     found = explain(loaded.model, data, loaded.task, loaded.classes, target, score_thr=loaded.score_thr)
     return cam_figure([[found]])
 

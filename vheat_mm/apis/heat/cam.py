@@ -29,7 +29,7 @@ from vheat_mm.apis.heat.figures import HEAT, WIDTH, new_figure, save_figure
 from vheat_mm.apis.heat.images import list_images, prepare_images
 from vheat_mm.apis.inference.model import load_model
 from vheat_mm.apis.inference.painting import displayable
-from vheat_mm.apis.inference.preparing import Job
+from vheat_mm.apis.inference.types import Sample
 from vheat_mm.utils.errors import ToolError
 from vheat_mm.utils.text import first_line
 
@@ -313,7 +313,7 @@ def run(args: argparse.Namespace) -> None:
     loaded = load_model(args.config, args.checkpoint, args.device, args.cfg_options)
     threshold = loaded.score_thr if args.score_thr is None else args.score_thr
     rows: list[list[Cam]] = []
-    for item, data in zip(items, prepare_images(loaded, map(Job, items)), strict=True):
+    for item, data in zip(items, prepare_images(loaded, map(Sample, items)), strict=True):
         rows.append(row := [])
         for target in args.target:
             for layer in args.layer:

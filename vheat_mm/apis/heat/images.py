@@ -10,10 +10,10 @@ import numpy as np
 from mmengine.dataset import default_collate, pseudo_collate
 
 from vheat_mm.apis.inference.model import LoadedModel
-from vheat_mm.apis.inference.preparing import Job, Preparer
+from vheat_mm.apis.inference.preparing import Preparer
 from vheat_mm.apis.inference.reading import decoding, read
 from vheat_mm.apis.inference.sources import list_items
-from vheat_mm.apis.inference.types import Item
+from vheat_mm.apis.inference.types import Item, Sample
 from vheat_mm.engine.hooks.annotation_check_hook import count_bands
 from vheat_mm.utils.errors import ToolError
 
@@ -47,7 +47,7 @@ def open_images(items: Iterable[Item]) -> Iterator[np.ndarray]:
             yield np.ascontiguousarray(image[..., ::-1])
 
 
-def prepare_images(loaded: LoadedModel, jobs: Iterable[Job]) -> Iterator[dict[str, Any]]:
+def prepare_images(loaded: LoadedModel, samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
     """Run the test pipeline of a model's config on images.
 
     Yields:
@@ -56,11 +56,11 @@ def prepare_images(loaded: LoadedModel, jobs: Iterable[Job]) -> Iterator[dict[st
     Raises:
         ToolError: One cannot be read.
     """
-    prepare = Preparer(loaded.cfg, count_bands(loaded.model), read, keep_image=False, slice_size=None, overlap=0)
+    prepare = Preparer(loaded.cfg, count_bands(loaded.model))
     # As the libraries' own loaders: mmpretrain's stack images, the others' leave that to the model.
     collate = default_collate if loaded.task == 'classification' else pseudo_collate
-    for job in jobs:
-        prepared = next(prepare(job))
+    for sample in samples:
+        prepared = next(prepare(sample))
         if prepared.data is None:
-            raise ToolError(f'{job.item.source}: {prepared.sample.error}')
+            raise ToolError(f'{sample.item.source}: {prepared.sample.error}')
         yield collate([prepared.data])

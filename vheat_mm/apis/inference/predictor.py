@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -19,14 +19,13 @@ from mmengine.registry import DefaultScope
 
 from vheat_mm.apis.config import check_cpu_amp
 from vheat_mm.apis.inference.model import check_device, load_model
-from vheat_mm.apis.inference.preparing import Job, Prepared, Preparer, failed, one_line
+from vheat_mm.apis.inference.preparing import Prepared, Preparer
 from vheat_mm.apis.inference.read_ahead import WorkerDied, read_ahead
-from vheat_mm.apis.inference.reading import read
+from vheat_mm.apis.inference.reading import one_line
 from vheat_mm.apis.inference.rle import encode_masks
 from vheat_mm.apis.inference.slicing import Tile, import_supervision, merge_detections, merge_label_maps
 from vheat_mm.apis.inference.sources import list_items
-from vheat_mm.apis.inference.types import Item, Prediction
-from vheat_mm.datasets.checks.images import LIMIT
+from vheat_mm.apis.inference.types import Item, Prediction, Sample
 from vheat_mm.engine.hooks.annotation_check_hook import count_bands
 from vheat_mm.utils.config_place import did_you_mean
 from vheat_mm.utils.dist import unwrap
@@ -132,10 +131,10 @@ class Predictor:
         self.score_thr = loaded.score_thr if score_thr is None else float(score_thr)
         self._chosen = self._find_chosen(classes)
         self._low_precision = amp or half
-        self._batch_size, self._max_pixels = batch_size, max_pixels
+        self._batch_size = batch_size
         self.overlap = 0.2 if overlap is None else overlap
         bands = count_bands(unwrap(self.model))
-        self._prepare = Preparer(self.cfg, bands, self._read, keep_image, slice_size, self.overlap)
+        self._prepare = Preparer(self.cfg, bands, keep_image, slice_size, self.overlap, max_pixels)
 
     def __call__(self, sources: Source | Iterable[Source], recursive: bool = False) -> Iterator[Prediction]:
         """Predict on files, folders, globs, lists of paths, videos and addresses; or on arrays.
@@ -163,33 +162,23 @@ class Predictor:
             return self.predict_items(list_items(paths, recursive=recursive, keep_all=True))
         if len(arrays) < len(several):
             raise ToolError('files and arrays in one call: predict on them in two')
-        names = (f'array_{number:06d}.png' for number in range(len(arrays)))
-        jobs = [
-            Job(Item('', name, index, 'an array'), array)
-            for index, (name, array) in enumerate(zip(names, arrays, strict=True))
-        ]
+        items = [Item('', f'array_{index:06d}.png', index, 'an array') for index in range(len(arrays))]
         # Nothing is to be read: no process of its own.
-        return self._predict(prepared for job in jobs for prepared in self._prepare(job))
+        return self._predict(prepared for sample in map(Sample, items, arrays) for prepared in self._prepare(sample))
 
     def predict_items(self, items: Sequence[Item]) -> Iterator[Prediction]:
         """Predict on listed inputs, in order; a video gives a prediction for each frame."""
         return self._predict(self._read_ahead(items))
 
-    def _read(self, item: Item) -> Iterator[Any]:
-        if self._max_pixels is not None:  # in the process that reads: the tools' file backend has the same limit
-            os.environ[LIMIT] = str(self._max_pixels)
-        return read(item, self._max_pixels, self._prepare.loader)
+    def _read_ahead(self, items: Sequence[Item]) -> Generator[Prepared, None, None]:
+        samples = [Sample(item) for item in items]
+        for sample, result in read_ahead(self._prepare, samples, ahead=2 * self._batch_size):
+            yield Prepared(replace(sample, error=result.reason)) if isinstance(result, WorkerDied) else result
 
-    def _read_ahead(self, items: Sequence[Item]) -> Iterator[Prepared]:
-        jobs = [Job(item) for item in items]
-        for job, result in read_ahead(self._prepare, jobs, ahead=2 * self._batch_size):
-            yield failed(job.item, result.reason) if isinstance(result, WorkerDied) else result
-
-    def _predict(self, images: Iterable[Prepared]) -> Iterator[Prediction]:
+    def _predict(self, images: Generator[Prepared, None, None]) -> Iterator[Prediction]:
         """Run the network on all images and tiles, and put tiles together."""
         pieces: list[tuple[Tile, Result]] = []
-        images = iter(images)
-        try:
+        with contextlib.closing(images):
             # From two batches, equal sizes are taken together.
             while True:
                 # MMEngine's registries are those of the model that was loaded last.
@@ -206,10 +195,6 @@ class Predictor:
                         result = self._merge(pieces, prepared.size)
                     pieces = []
                     yield self._prediction(prepared, result)
-        finally:
-            close: Callable[[], None] | None = getattr(images, 'close', None)
-            if close is not None:
-                close()
 
     def _predict_all(self, window: list[Prepared]) -> list[Result]:
         """Run the network on a few images, those of equal size together, and keep their order."""
@@ -250,7 +235,7 @@ class Predictor:
     def _network(self, batch: list[Prepared]) -> Iterator[dict[str, Any]]:
         # As the libraries' own loaders: mmpretrain's stack images, the others' leave that to the model.
         collate = default_collate if self.task == 'classification' else pseudo_collate
-        precision: AbstractContextManager = nullcontext()
+        precision: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self._low_precision:
             kind = torch.bfloat16 if self.device.type == 'cpu' else torch.float16
             precision = torch.autocast(self.device.type, dtype=kind)

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import DefaultScope
 
-from vheat_mm.apis.inference.reading import decoding
+from vheat_mm.apis.inference.reading import decoding, one_line, read
 from vheat_mm.apis.inference.slicing import Tile, tiles_of
-from vheat_mm.apis.inference.types import Item, Sample
-from vheat_mm.datasets.checks.images import Loader
+from vheat_mm.apis.inference.types import Sample
+from vheat_mm.datasets.checks.images import LIMIT, Loader
 from vheat_mm.utils.config_place import describe_building, type_name
-from vheat_mm.utils.errors import ToolError, describe
-from vheat_mm.utils.text import first_line
-
-
-class Job(NamedTuple):
-    """An input, and its pixels where it is no file."""
-
-    item: Item
-    image: np.ndarray | None = None
+from vheat_mm.utils.errors import ToolError
 
 
 @dataclass
@@ -51,13 +44,10 @@ class Preparer:
     Args:
         cfg: Its test pipeline is used.
         bands: Number of bands that the model takes; 1 fits any image.
-        read: Yields the samples of an input file.
         keep_image: Whether the images themselves are returned, too.
         slice_size: Side of the tiles in pixels of the image; ``None`` for whole images.
         overlap: Share of a tile that the next one repeats.
-
-    Attributes:
-        loader: How the config decodes images.
+        max_pixels: Of an image or frame, see :func:`~vheat_mm.apis.inference.reading.read`.
 
     Raises:
         ToolError: The config's pipeline cannot be built.
@@ -67,10 +57,10 @@ class Preparer:
         self,
         cfg: Config,
         bands: int,
-        read: Callable[[Item], Iterator[Sample]],
-        keep_image: bool,
-        slice_size: int | None,
-        overlap: float,
+        keep_image: bool = False,
+        slice_size: int | None = None,
+        overlap: float = 0.0,
+        max_pixels: int | None = None,
     ) -> None:
         steps = test_pipeline(cfg)
         loading = next((place for place, step in enumerate(steps) if place and not _loads(step)), len(steps))
@@ -80,23 +70,24 @@ class Preparer:
                 self._load, self._transform = Compose(steps[:loading]), Compose(steps[loading:])
         except Exception as error:
             raise ToolError(f'cannot build the test pipeline: {describe_building(error)}') from error
-        self.loader = Loader(steps[0].get('color_type', 'color'), steps[0].get('imdecode_backend', 'cv2'))
+        self._loader = Loader(steps[0].get('color_type', 'color'), steps[0].get('imdecode_backend', 'cv2'))
         self._to_float32 = steps[0].get('to_float32', False)
         self._is_rgb = steps[0].get('imdecode_backend') == 'tifffile'
         # Of more than three bands, the pipeline subtracts the means where the preprocessor cannot.
         means = [step['mean'] for step in steps if type_name(step) == 'Normalize']
         self._bands = len(means[0]) if means and bands == 1 else bands
-        self._read, self._keep = read, keep_image
+        self._keep, self._max_pixels = keep_image, max_pixels
         self._slice_size, self._overlap = slice_size, overlap
 
-    def __call__(self, job: Job) -> Iterator[Prepared]:
-        """The images of an input, or why there is none, in one line."""
-        samples = self._read(job.item) if job.image is None else iter([Sample(job.item, job.image)])
-        try:
-            for sample in samples:
-                yield from self._prepare(sample)
-        except Exception as error:  # decoders raise all kinds
-            yield failed(job.item, describe(error))
+    def __call__(self, sample: Sample) -> Iterator[Prepared]:
+        """The images of an input, which is read unless its pixels are given; or why there is none, in one line."""
+        if sample.image is not None:
+            yield from self._prepare(sample)
+            return
+        if self._max_pixels is not None:  # in the process that reads: the tools' file backend has the same limit
+            os.environ[LIMIT] = str(self._max_pixels)
+        for found in read(sample.item, self._max_pixels, self._loader):
+            yield from self._prepare(found)
 
     def _prepare(self, sample: Sample) -> Iterator[Prepared]:
         if sample.error is not None:
@@ -128,7 +119,7 @@ class Preparer:
                 raise ValueError('the first step of the test pipeline returns no image')
         else:
             image = sample.image
-            if self.loader.flag != 'unchanged' and self.loader.backend != 'tifffile' and image.dtype != np.uint8:
+            if self._loader.flag != 'unchanged' and self._loader.backend != 'tifffile' and image.dtype != np.uint8:
                 raise ValueError(f'an array of {image.dtype}; the config decodes images to uint8, from 0 to 255')
             if image.ndim == 2 or image.shape[2:] == (1,):
                 image = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
@@ -159,16 +150,6 @@ class Preparer:
             image = image[..., ::-1] if self._is_rgb else image
             return np.array(image.clip(0, 255) if image.dtype != np.uint8 else image, np.uint8, order='C')
         return image.copy()
-
-
-def failed(item: Item, reason: str) -> Prepared:
-    """An input that cannot be read."""
-    return Prepared(Sample(item, error=first_line(reason, 300)))
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message in one line."""
-    return first_line(' '.join(describe(error).split()), 300)
 
 
 def test_pipeline(cfg: Config) -> list[dict[str, Any]]:

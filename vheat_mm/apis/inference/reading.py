@@ -64,11 +64,12 @@ def read(item: Item, max_pixels: int | None = None, loader: Loader | None = None
                     _say_once(note, item)
                 yield Sample(item)
     except Exception as error:  # decoders raise all kinds
-        yield Sample(item, error=_one_line(error))
+        yield Sample(item, error=one_line(error))
 
 
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:  # without the path, which is the input's
+def one_line(error: Exception) -> str:
+    """An error's message in one line, without the path."""
+    if isinstance(error, OSError) and error.strerror:
         hint = '; --max-pixels raises the limit' if error.errno == errno.EFBIG else ''
         return first_line(error.strerror[:1].lower() + error.strerror[1:] + hint, 300)
     return first_line(' '.join(describe(error).split()), 300)

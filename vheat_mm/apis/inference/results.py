@@ -72,6 +72,8 @@ class Results:
                 f'--save {others}'
             )
         self._out, self._predictor, self._items = out, predictor, items
+        mirrored = [kind for kind in ('painted', 'label-maps') if kind in self.kinds]
+        self._mirrors = {kind: self._mirror(kind.replace('-', '_')) for kind in mirrored}
         self._ids = CocoIds(predictor.classes, ann_file, chosen) if 'coco' in self.kinds else None
 
     def writers(self, part: str) -> list[Writer]:
@@ -82,8 +84,8 @@ class Results:
         """
         predictor, classes = self._predictor, self._predictor.classes
         make: dict[str, Callable[[], Writer]] = {
-            'painted': lambda: PaintedWriter(*self._mirror('painted'), classes, predictor.palette),
-            'label-maps': lambda: LabelMapWriter(*self._mirror('label_maps'), predictor.palette),
+            'painted': lambda: PaintedWriter(*self._mirrors['painted'], classes, predictor.palette),
+            'label-maps': lambda: LabelMapWriter(*self._mirrors['label-maps'], predictor.palette),
             'coco': lambda: PartWriter(self._part(part, 'coco'), coco_results),
             'table': lambda: PartWriter(self._part(part, 'table'), lambda found: list(table_entries(found, classes))),
         }
@@ -92,8 +94,7 @@ class Results:
 
     def remove(self, items: Iterable[Item]) -> None:
         """Remove what earlier runs have written of inputs that are predicted again: they may be broken now."""
-        for kind in ('painted', 'label_maps'):
-            folder, name_of = self._mirror(kind)
+        for folder, name_of in self._mirrors.values():
             for target in (folder / name_of(item) for item in items):
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
 
@@ -108,9 +109,9 @@ class Results:
             else:
                 merge_table(parts_of(self._out, done, self._items, '.table'), self._predictor.task, target)
 
-    def _mirror(self, kind: str) -> tuple[Path, Callable[[Item], str]]:
-        names = output_names(self._items, kind)
-        return self._out / kind, lambda item: names[item.index]
+    def _mirror(self, folder: str) -> tuple[Path, Callable[[Item], str]]:
+        names = output_names(self._items, folder)
+        return self._out / folder, lambda item: names[item.index]
 
     def _part(self, part: str, kind: str) -> Path:
         return self._out / FOLDER / f'{part}.{kind}'
