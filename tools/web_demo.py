@@ -44,6 +44,7 @@ LOOPBACK = ('127.0.0.1', 'localhost', '::1')
 CSS = """
 #samples .grid-wrap { padding-top: 32px; }
 #painted img, #heat img { width: 100%; height: 100%; object-fit: contain; }
+#model input { text-overflow: ellipsis; padding-right: 2em; }
 .message p { margin: 0; font-size: var(--text-md); }
 .message .fault { border-left: 4px solid #dc2626; padding: 4px 12px; font-weight: 600; }
 .results { overflow: auto; max-height: 420px; }
@@ -137,7 +138,7 @@ def build(page: Page, samples: Sequence[Path], limits: str) -> 'gr.Blocks':
         gr.Markdown('# vHeat on your images\nNothing leaves the machine that serves this page.')
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                model = gr.Dropdown(list(page.models), value=first, label='Task and model')
+                model = gr.Dropdown(list(page.models), value=first, label='Task and model', elem_id='model')
                 upload = gr.Image(
                     label=f'Image ({limits})',
                     sources=['upload', 'webcam', 'clipboard'],
@@ -221,6 +222,9 @@ def build(page: Page, samples: Sequence[Path], limits: str) -> 'gr.Blocks':
             concurrency_id='network',
             show_progress_on=heat,
             **private,
+        )
+        kind.change(
+            lambda name: gr.Dropdown(visible=HEAT[name].of_class), kind, target, show_progress='hidden', **private
         )
         gallery.select(on_sample, None, upload, show_progress='hidden', **private)
         gr.on([model.change, blocks.load], on_model, model, [score_thr, opacity, coco_file, target], **private)

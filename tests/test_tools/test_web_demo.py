@@ -302,23 +302,29 @@ def test_the_other_model_and_the_heat_tab(server, visit):
     address = ''
     for kind in page.get_by_role('radio').all():
         kind.check()
+        sync_api.expect(page.get_by_label('Class', exact=True)).to_be_visible(visible=kind.input_value() == 'Grad-CAM')
         page.get_by_role('button', name='Draw').click()
         address, picture = shown(page, '#heat', address)
         assert picture.shape[1] == 1280
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
 
 
-def test_the_server_connects_to_itself_alone(server, visit):
+def test_visitors_get_no_other_files_and_the_server_connects_to_itself_alone(server, visit):
     page = visit()
-    # In place of a file, a visitor sends an address, which Gradio on its own would fetch.
-    address = 'http://192.0.2.1/image.png'
-    file = dict(path=address, meta={'_type': 'gradio.FileData'})
-    calls = page.request.get(f'{server.address}/config').json()['dependencies']
-    call = next(call for call in calls if len(call['inputs']) == 4)
-    data = dict(fn_index=call['id'], session_hash='visitor', data=['', file, 0.5, 0.5])
-    assert page.request.post(f'{server.address}/gradio_api/queue/join', data=data).ok
-    answer = page.request.get(f'{server.address}/gradio_api/queue/data?session_hash=visitor').text()
-    assert 'Addresses are not fetched' in answer
+    # A visitor sends an address or a file of the server in place of an upload.
+    address, own, mark = 'http://192.0.2.1/image.png', str(server.images[0]), dict(meta={'_type': 'gradio.FileData'})
+    config = page.request.get(f'{server.address}/config').json()
+    call = next(call for call in config['dependencies'] if len(call['inputs']) == 4)
+    (name,) = (part['props']['value'] for part in config['components'] if part['props'].get('elem_id') == 'model')
+    for file, words in (
+        (dict(path=address, **mark), 'Addresses are not fetched'),
+        (dict(path=address), 'image.png has not been uploaded'),
+        (dict(path=own, **mark), 'not uploaded by a user'),
+        (dict(path=own), 'photograph-0.png has not been uploaded'),
+    ):
+        data = dict(fn_index=call['id'], session_hash='visitor', data=[name, file, 0.5, 0.5])
+        assert page.request.post(f'{server.address}/gradio_api/queue/join', data=data).ok
+        assert words in page.request.get(f'{server.address}/gradio_api/queue/data?session_hash=visitor').text()
     lines = [line for line in server.log.read_text().splitlines() if line.startswith(('CONNECTS', 'LOOKS UP'))]
     assert lines
     assert not [line for line in lines if '127.0.0.1' not in line]

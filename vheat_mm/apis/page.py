@@ -69,10 +69,17 @@ class Model:
 
 
 class HeatKind(NamedTuple):
-    """A picture of heat: what it shows, and how it is drawn of a model, an image in BGR order and a class."""
+    """A picture of heat.
+
+    Attributes:
+        text: What it shows.
+        draw: Draws it of a model, an image in BGR order and a class.
+        of_class: Whether it differs between classes.
+    """
 
     text: str
     draw: Callable[[Model, np.ndarray, str | None], Figure]
+    of_class: bool = False
 
 
 def _draw_cam(model: Model, image: np.ndarray, target: str | None) -> Figure:
@@ -100,7 +107,9 @@ def _draw_diffusivity(model: Model, _image: np.ndarray, _: str | None) -> Figure
 
 
 HEAT = {
-    'Grad-CAM': HeatKind('Where the image speaks for a class: the gradient of its score at the backbone.', _draw_cam),
+    'Grad-CAM': HeatKind(
+        'Where the image speaks for a class: the gradient of its score at the backbone.', _draw_cam, True
+    ),
     'Spread': HeatKind('Heat from two patches: through time, and as each stage lets it flow.', _draw_spread),
     'Diffusivity': HeatKind('What the blocks have learnt, which is the same for all images.', _draw_diffusivity),
 }
@@ -126,18 +135,21 @@ class Page:
 
     Args:
         models: Each with its name on the page.
-        folder: For files that visitors download; removed by the caller.
+        folder: Of what visitors upload and download; removed by the caller.
     """
 
     def __init__(self, models: dict[str, Model], folder: Path) -> None:
         self.models, self._folder = models, folder
 
     def predict(self, name: str, path: str) -> Shown:
-        """Run the network on an image file.
+        """Run the network on an image file that a visitor has uploaded.
 
         Raises:
-            ToolError: It cannot be read.
+            ToolError: It cannot be read, or lies elsewhere.
         """
+        # Gradio lets any path or address pass that a visitor's program sends without the mark of an upload.
+        if not Path(path).resolve().is_relative_to(self._folder.resolve()):
+            raise ToolError(f'{Path(path).name} has not been uploaded')
         model = self.models[name]
         start = time.perf_counter()
         item = Item(path, Path(path).name, 0, Path(path).name)

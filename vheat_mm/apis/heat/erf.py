@@ -83,7 +83,7 @@ def area_ratios(field: np.ndarray, shares: Sequence[float] = SHARES) -> list[flo
 
 def erf_figure(fields: Sequence[Field]) -> Figure:
     """A panel for each field, with its area ratios below."""
-    columns = min(len(fields), 3)
+    columns = len(fields) if len(fields) <= 4 else 3
     rows = -(-len(fields) // columns)
     side = WIDTH / 4
     figure = new_figure(rows * (side + 1.35) + 1.1)

@@ -45,13 +45,15 @@ def save_figure(figure: Figure, out: str | os.PathLike, palette: bool = False) -
     """
     target = check_out(out)
     target.parent.mkdir(parents=True, exist_ok=True)
+    with io.BytesIO() as content:
+        figure.savefig(content, format='png', dpi=DPI)
+        image = Image.open(content).convert('RGB')
+    seven_bits = [
+        min(255, (value + 1) // 2 * 2) for value in range(256)
+    ]  # no eye sees it; a quarter less of a photograph
+    image = image.quantize(256, dither=Image.Dither.NONE) if palette else image.point(seven_bits * 3)
     with atomic_file(target) as file:
-        if palette:
-            with io.BytesIO() as content:
-                figure.savefig(content, format='png', dpi=DPI)
-                Image.open(content).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(file, 'PNG')
-        else:
-            figure.savefig(file, format='png', dpi=DPI)
+        image.save(file, 'PNG', optimize=True)
 
 
 def check_out(out: str | os.PathLike, suffixes: tuple[str, ...] = ('.png',)) -> Path:
