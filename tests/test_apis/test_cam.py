@@ -169,7 +169,7 @@ def test_detector_explains_a_detection_and_a_class(head):
     assert np.allclose(one.heat, whole.heat, atol=1e-4) == alone
     assert one.heat.shape == (256, 192)
     assert one.heat.max() == 1
-    with pytest.raises(ToolError, match='there is no detection 1: 0 reach the score 1'):
+    with pytest.raises(ToolError, match=r'score_thr=1.0: no detection reaches it, the highest score is 0'):
         explain(model, data, 'detection', classes, score_thr=1.0)
 
 
@@ -180,6 +180,7 @@ def test_detector_explains_a_detection_and_a_class(head):
         (dict(target='3'), "no class '3'"),
         (dict(target='#1'), 'means a detection'),
         (dict(layer='backbone.layer4'), "no layer 'backbone.layer4' in the model; beside it are backbone.freq_embed"),
+        (dict(layer='banana'), "no layer 'banana' in the model; beside it are backbone, "),
         (dict(layer='backbone.layers'), 'runs 0 times'),
         (dict(layer='head.fc'), 'does not depend|is no map'),
     ],

@@ -30,7 +30,7 @@ from vheat_mm.apis.heat.images import list_images, prepare_images
 from vheat_mm.apis.inference.model import load_model
 from vheat_mm.apis.inference.painting import displayable
 from vheat_mm.apis.inference.types import Sample
-from vheat_mm.utils.errors import ToolError
+from vheat_mm.utils.errors import ArgumentError, ToolError
 from vheat_mm.utils.text import first_line
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def explain(
     name = layer or 'backbone'
     modules = dict(model.named_modules())
     if name not in modules:
-        near = sorted(other for other in modules if other.rpartition('.')[0] == name.rpartition('.')[0])
+        near = sorted(other for other in modules if other and other.rpartition('.')[0] == name.rpartition('.')[0])
         raise ToolError(f'there is no layer {name!r} in the model; beside it are {", ".join(near[:20])}')
     index = _class_index(target, classes)
     with _evaluating(model), _tap(modules[name]) as outputs, torch.enable_grad():
@@ -239,9 +239,13 @@ def _detector_score(model, inputs, samples, classes, target, score_thr) -> tuple
     labels = found.labels[order]
     number = int(target[1:]) if isinstance(target, str) else 1
     kept = int((scores >= score_thr).sum())
+    if not kept:
+        best = (
+            f'no detection reaches it, the highest score is {scores[0]:.2f}' if len(scores) else 'nothing is detected'
+        )
+        raise ArgumentError('score_thr', score_thr, best)
     if number < 1 or number > kept:
-        best = f', the highest score is {scores[0]:.2f}' if len(scores) else ''
-        raise ToolError(f'there is no detection {number}: {kept} reach the score {score_thr:g}{best}')
+        raise ToolError(f'there is no detection {number}: {kept} reach the score {score_thr:g}')
     index = int(labels[number - 1]) if target is None or isinstance(target, str) else target
     chosen = (labels == index) & (scores >= score_thr)
     if not chosen.any():

@@ -21,7 +21,7 @@ from vheat_mm.apis.inference.sources import PHOTOGRAPHS
 from vheat_mm.apis.inference.types import Item, Sample
 from vheat_mm.checkpoint.download import download
 from vheat_mm.datasets.checks import images
-from vheat_mm.datasets.checks.images import Loader, is_truncated, peculiarities, read_header, reports_corruption
+from vheat_mm.datasets.checks.images import LIMIT, Loader, is_truncated, peculiarities, read_header, reports_corruption
 from vheat_mm.utils.errors import describe
 from vheat_mm.utils.files import read_regular
 from vheat_mm.utils.text import first_line, is_address
@@ -70,7 +70,7 @@ def read(item: Item, max_pixels: int | None = None, loader: Loader | None = None
 def one_line(error: Exception) -> str:
     """An error's message in one line, without the path."""
     if isinstance(error, OSError) and error.strerror:
-        hint = '; --max-pixels raises the limit' if error.errno == errno.EFBIG else ''
+        hint = f'; --max-pixels or {LIMIT} raises the limit' if error.errno == errno.EFBIG else ''
         return first_line(error.strerror[:1].lower() + error.strerror[1:] + hint, 300)
     return first_line(' '.join(describe(error).split()), 300)
 
@@ -115,7 +115,8 @@ def _check_image(item: Item, limit: int, loader: Loader) -> list[str]:
     width, height = header.size if header is not None else _size_of_other(content, item.path, loader)
     if width * height > limit:
         raise ValueError(
-            f'{width} x {height} pixels, more than {limit}: cut it into tiles, or set --max-pixels {width * height}'
+            f'{width} x {height} pixels, more than {limit}: cut it into tiles, or set --max-pixels {width * height} '
+            f'({LIMIT} where there is no such option)'
         )
     if is_truncated(content, header):
         raise ValueError(f'the image is truncated: {len(content)} bytes without its end')
