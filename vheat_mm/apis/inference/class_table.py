@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 
 from vheat_mm.apis.inference.coco import kept_boxes
-from vheat_mm.apis.inference.parts import Parts, report_full_disk
+from vheat_mm.apis.inference.parts import Parts, result_file
 from vheat_mm.apis.inference.types import Item, Prediction
-from vheat_mm.utils.files import atomic_file
 
 TOP = 5
 COLUMNS = {
@@ -68,7 +67,7 @@ def merge_table(parts: Mapping[Path, Sequence[Item]], task: str, target: Path) -
     Raises:
         ToolError: The disk is full; ``target`` is as it was.
     """
-    with report_full_disk(target), atomic_file(target) as file:
+    with result_file(target) as file:
         if target.suffix == '.csv':
             # Names of files that are not valid Unicode are written as they are.
             text = io.TextIOWrapper(file, 'utf-8', errors='surrogateescape', newline='', write_through=True)

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from mmengine.logging import print_log
 
-from vheat_mm.apis.inference.parts import Key, Parts, report_full_disk
+from vheat_mm.apis.inference.parts import Key, Parts, result_file
 from vheat_mm.apis.inference.types import Item, Prediction
 from vheat_mm.utils.errors import ToolError
-from vheat_mm.utils.files import atomic_file
 from vheat_mm.utils.text import first_line, some_of
 from vheat_mm.version import __version__
 
@@ -111,7 +110,7 @@ def merge_coco(parts: Mapping[Path, Sequence[Item]], ids: CocoIds, target: Path)
     """
     lines = Parts(parts)
     numbers = ids.of_images(lines.keys())
-    with report_full_disk(target), atomic_file(target) as file:
+    with result_file(target) as file:
 
         def write_list(name: str, entries: Iterable[dict[str, Any]], end: str) -> None:
             file.write(f'"{name}": ['.encode('ascii'))

@@ -21,7 +21,7 @@ from vheat_mm.apis.config import add_config_arguments
 from vheat_mm.apis.errors import run_reporting_errors
 from vheat_mm.apis.inference import journal
 from vheat_mm.apis.inference.journal import Done, Journal, Stamp
-from vheat_mm.apis.inference.parts import report_full_disk
+from vheat_mm.apis.inference.parts import result_file
 from vheat_mm.apis.inference.predictor import Predictor
 from vheat_mm.apis.inference.preparing import test_pipeline
 from vheat_mm.apis.inference.results import KINDS, Results
@@ -33,7 +33,6 @@ from vheat_mm.engine import fileio
 from vheat_mm.engine.runner.distributed import limit_threads
 from vheat_mm.engine.runner.processes import Processes
 from vheat_mm.utils.errors import ToolError
-from vheat_mm.utils.files import atomic_file
 from vheat_mm.utils.process import end_with_parent
 from vheat_mm.utils.text import count, first_line, some_of
 
@@ -224,7 +223,7 @@ class _Command:
             return
         names = (item.source if item.source.endswith(item.name) else item.name for item, _ in broken)
         lines = [f'{" ".join(name.splitlines())}: {error}' for name, (_, error) in zip(names, broken, strict=True)]
-        with report_full_disk(target), atomic_file(target) as file:
+        with result_file(target) as file:
             file.write(''.join(f'{line}\n' for line in lines).encode(errors='surrogateescape'))
         for line in lines[:_LISTED]:
             print_log(f'broken: {first_line(line, 600)}', 'current', logging.WARNING)

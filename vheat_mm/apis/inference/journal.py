@@ -15,12 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vheat_mm.apis.inference.parts import Key, PartFile, report_full_disk
+from vheat_mm.apis.inference.parts import Key, PartFile, report_full_disk, result_file
 from vheat_mm.apis.inference.types import Item
 from vheat_mm.checkpoint.io import files_of, find_checkpoint
 from vheat_mm.checkpoint.run_folder import lock
 from vheat_mm.utils.errors import ToolError
-from vheat_mm.utils.files import PARTIAL, atomic_file
+from vheat_mm.utils.files import PARTIAL
 from vheat_mm.utils.text import count, first_line, some_of
 
 FOLDER = '.predict'
@@ -164,7 +164,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     path, now = folder / FOLDER / _SETTINGS, _flatten(settings)
     if not path.is_file():
-        with report_full_disk(path), atomic_file(path) as file:
+        with result_file(path) as file:
             file.write(json.dumps(now, indent=1).encode('ascii'))
         return
     try:

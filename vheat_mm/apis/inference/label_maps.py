@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vheat_mm.apis.inference.parts import report_full_disk
+from vheat_mm.apis.inference.parts import result_file
 from vheat_mm.apis.inference.types import Item, Prediction
-from vheat_mm.utils.files import atomic_file
 
 _UNLABELLED = (255, 255, 255)  # colour of ids that are no class's, such as 255, which mmseg ignores
 
@@ -47,10 +46,8 @@ class LabelMapWriter:
         image = Image.fromarray(np.ascontiguousarray(prediction.label_map))
         if prediction.label_map.dtype == np.uint8:
             image.putpalette(self._palette)
-        with report_full_disk(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(target) as file:
-                image.save(file, 'PNG')
+        with result_file(target) as file:
+            image.save(file, 'PNG')
 
     def close(self) -> None:
         """Nothing is open between two calls."""

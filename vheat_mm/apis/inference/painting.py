@@ -16,11 +16,10 @@ from mmengine.logging import print_log
 
 from vheat_mm.apis.inference.class_table import best_classes
 from vheat_mm.apis.inference.coco import kept_boxes
-from vheat_mm.apis.inference.parts import report_full_disk
+from vheat_mm.apis.inference.parts import result_file
 from vheat_mm.apis.inference.slicing import import_supervision
 from vheat_mm.apis.inference.types import Item, Prediction
 from vheat_mm.apis.inference.video import VideoWriter
-from vheat_mm.utils.files import atomic_file
 from vheat_mm.utils.text import some_of
 
 if TYPE_CHECKING:
@@ -322,7 +321,5 @@ def _write_image(image: np.ndarray, target: Path) -> None:
 
     suffix = target.suffix.lower()
     encoded = cv2.imencode(suffix, image, [] if suffix == '.png' else [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
-    with report_full_disk(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(target) as file:
-            file.write(encoded.data)
+    with result_file(target) as file:
+        file.write(encoded.data)

@@ -13,10 +13,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from vheat_mm.apis.inference.types import Item, Prediction
 from vheat_mm.utils.errors import ToolError
+from vheat_mm.utils.files import atomic_file
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -39,6 +40,19 @@ def report_full_disk(target: Path) -> Iterator[None]:
             f'{target} cannot be written: no space left in {target.parent} ({left}); what is complete has been kept: '
             'make room, then run again with --resume'
         ) from error
+
+
+@contextlib.contextmanager
+def result_file(target: Path) -> Iterator[IO[bytes]]:
+    """Write a file, and its folders, so that it appears when it is complete.
+
+    Raises:
+        ToolError: The disk is full; ``target`` is as it was.
+    """
+    with report_full_disk(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(target) as file:
+            yield file
 
 
 class Key(NamedTuple):

@@ -132,11 +132,6 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @property
-    def status(self) -> int:
-        """The shell's status for the signal, 0 without one."""
-        return 128 + self.number if self.number else 0
-
     def _handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if self.number is None:

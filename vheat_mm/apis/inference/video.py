@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from mmengine.logging import print_log
 
-from vheat_mm.apis.inference.parts import report_full_disk
-from vheat_mm.utils.files import atomic_file
+from vheat_mm.apis.inference.parts import report_full_disk, result_file
+from vheat_mm.utils.errors import ToolError
 
 _USUAL_FPS = 25
 _LONGEST = 1000  # frames a second; more is a container's unit of time
@@ -44,11 +44,11 @@ class VideoWriter:
         self._size: tuple[int, int] | None = None  # (height, width)
         self._resizes = False
         self._stream: Any = None
-        with contextlib.ExitStack() as stack, report_full_disk(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(atomic_file(target))
-            self._container: Any = av.open(file.name, 'w', format='mp4', options=dict(movflags='faststart'))
-            self._replacing = stack.pop_all()
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(result_file(target))
+            container = av.open(file.name, 'w', format='mp4', options=dict(movflags='faststart'))
+            self._container = stack.enter_context(container)
+            self._open = stack.pop_all()
 
     def write(self, frame: np.ndarray) -> None:
         """Append a frame, (H, W, 3) uint8 in BGR order; one of another size than the first is resized to it.
@@ -82,24 +82,17 @@ class VideoWriter:
         Raises:
             ToolError: The disk is full; nothing of the video is left.
         """
-        if self._container is None:
-            return
         if self._stream is None:  # not one frame
             self.abandon()
             return
         with self._abandoning():
             self._container.mux(self._stream.encode(None))
-            container, self._container = self._container, None
-            container.close()
-            self._replacing.close()
+            self._open.close()
 
     def abandon(self) -> None:
         """Remove what has been written."""
-        container, self._container = self._container, None
-        if container is not None:
-            with contextlib.suppress(OSError):
-                container.close()
-        with contextlib.suppress(_AbandonedError), self._replacing.pop_all():
+        self._stream = None
+        with contextlib.suppress(_AbandonedError, OSError, ToolError), self._open:
             raise _AbandonedError
 
     def _begin(self) -> None:
