@@ -25,6 +25,7 @@ sys.path.append(str(PACKAGE.parent))  # if the package is not installed
 runpy.run_path(str(PACKAGE / 'utils' / 'process.py'))['prepare_start'](training=False)
 
 from vheat_mm.apis.errors import run_reporting_errors  # noqa: E402
+from vheat_mm.apis.inference.slicing import import_supervision  # noqa: E402
 from vheat_mm.apis.page import HEAT, LOWEST, Model, Page, Shown  # noqa: E402
 from vheat_mm.utils.errors import ToolError, describe  # noqa: E402
 
@@ -54,6 +55,7 @@ CSS = """
 .results th, .results td { padding: 4px 10px; text-align: right; border: 0 !important;
                            border-bottom: 1px solid var(--border-color-primary) !important; }
 .results th:first-child, .results td:first-child { text-align: left; white-space: nowrap; }
+@media (max-width: 480px) { .results th, .results td { padding: 4px 3px; font-size: var(--text-sm); } }
 .swatch { display: inline-block; width: .9em; height: .9em; border-radius: 2px; margin-right: .5em;
           vertical-align: -.1em; border: 1px solid var(--body-text-color-subdued); }
 """
@@ -83,13 +85,15 @@ def build(page: Page, samples: Sequence[Path], limits: str) -> 'gr.Blocks':
 
     # It has no switch: a visitor may send an address in place of a file, which Gradio would fetch.
     processing_utils.async_ssrf_protected_download = refuse_download
+    gr.Slider.preprocess = lambda _, typed: typed  # Gradio's raises an error for a number that is out of range
     first = next(iter(page.models))
 
     def fault(text: str) -> tuple:
         off = gr.DownloadButton(interactive=False)
         return None, None, say_fault(text), '', off, off, None
 
-    def results(shown: Shown, score_thr: float, opacity: float) -> tuple:
+    def results(shown: Shown, score_thr: float | None, opacity: float | None) -> tuple:
+        score_thr, opacity = min(max(score_thr or 0, LOWEST), 1), min(max(opacity or 0, 0), 1)
         painted = page.paint(shown, score_thr, opacity)
         image, coco = page.save(shown, painted, score_thr)
         return (
@@ -303,6 +307,7 @@ def serve(args: argparse.Namespace) -> None:
             import gradio as gr
         except ModuleNotFoundError as error:
             raise ToolError(f"tools/web_demo.py needs {error.name}: pip install 'vheat_mm[page]'") from error
+        import_supervision('to paint')
 
         models = {}
         for config, checkpoint in pairs:
@@ -320,6 +325,7 @@ def serve(args: argparse.Namespace) -> None:
             state_session_capacity=VISITORS,
             footer_links=[],
             run_history=False,
+            i18n=gr.I18n(en={'common.complete': 'complete'}),  # which Gradio's own lacks
             prevent_thread_lock=True,
             quiet=True,
             show_error=True,

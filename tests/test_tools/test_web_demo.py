@@ -50,6 +50,14 @@ sys.addaudithook(audit)
 """
 
 
+# Collects Gradio's names of texts that the page shows in place of the texts.
+WATCH = r"""
+window.keys = [];
+new MutationObserver(() => keys.push(...(document.body?.innerText.match(/common\.\w+/g) ?? [])))
+    .observe(document, {subtree: true, childList: true, characterData: true});
+"""
+
+
 class Server(NamedTuple):
     """The page as served, and the models and pictures to compare it with."""
 
@@ -138,6 +146,7 @@ def visit(server, browser):
     def open_page():
         contexts.append(browser.new_context())
         page = contexts[-1].new_page()
+        page.add_init_script(WATCH)
         page.set_default_timeout(20_000)
         page.on('request', lambda request: addresses.append(request.url))
         page.goto(server.address)
@@ -145,10 +154,12 @@ def visit(server, browser):
         return page
 
     yield open_page
+    keys = [page.evaluate('window.keys') for context in contexts for page in context.pages]
     for context in contexts:
         context.close()
     print(server.log.read_text())  # pytest shows it of a test that has failed
     assert addresses
+    assert not any(keys)
     assert not [name for name in addresses if not name.startswith((server.address, 'data:', 'blob:'))]
 
 
@@ -230,10 +241,15 @@ def test_sliders_paint_again_without_the_network(server, visit, expected):
     scores = np.sort(expected.predict(path).scores)
     threshold = round(float(scores[len(scores) // 2]), 2)
     page.get_by_label('range slider for Score threshold').fill(str(threshold))
-    _, painted = shown(page, other_than=address)
+    address, painted = shown(page, other_than=address)
     np.testing.assert_array_equal(painted, expected.paint(path, threshold, 0.9))
     sync_api.expect(page.locator('#results tbody tr')).to_have_count(int((scores >= threshold).sum()))
     assert page.get_by_role('status').filter(has_text='network').inner_text().startswith(times)
+    page.get_by_label('number input for Score threshold').fill('7')
+    page.get_by_label('number input for Score threshold').press('Enter')
+    _, painted = shown(page, other_than=address)
+    np.testing.assert_array_equal(painted, expected.paint(path, 1, 0.9))
+    assert 'Traceback' not in server.log.read_text()
 
 
 def test_two_visitors_at_once(server, visit, expected):
