@@ -149,6 +149,20 @@ def test_segmentor_equals_the_logits_of_the_class_before_the_last_layer():
         explain(model, data, 'segmentation', classes, target='coin')
 
 
+def test_segmentor_of_one_logit_predicts_by_its_threshold():
+    from mmseg.structures import SegDataSample
+
+    cfg = load('segmentation/vheat-t_upernet_8xb2-160k_ade20k-512x512.py')
+    cfg.model.decode_head |= dict(num_classes=2, out_channels=1, threshold=0.3)
+    cfg.model.auxiliary_head.num_classes = 2
+    model = narrow_model(cfg)
+    nn.init.zeros_(model.decode_head.conv_seg.weight)
+    for logit, name in ((-0.5, 'coin'), (-1.0, 'brick')):  # sigmoids of 0.38 and 0.27
+        nn.init.constant_(model.decode_head.conv_seg.bias, logit)
+        cam = explain(model, data_of(SegDataSample), 'segmentation', ('brick', 'coin'))
+        assert cam.target == f'{name}, 100% of the image'
+
+
 @pytest.mark.parametrize('head', ['mask-rcnn', 'atss'])  # a softmax over all classes; a sigmoid for each
 def test_detector_explains_a_detection_and_a_class(head):
     from mmdet.structures import DetDataSample
@@ -157,7 +171,7 @@ def test_detector_explains_a_detection_and_a_class(head):
     cfg, classes = load(f'detection/{head}_vheat-t_fpn_1x_coco.py'), [f'c{i}' for i in range(80)]
     (cfg.model.test_cfg.get('rcnn') or cfg.model.test_cfg).score_thr = 0.0
     model = narrow_model(cfg)
-    data = data_of(DetDataSample, 256, 192)
+    data = data_of(DetDataSample, 250, 190)  # padded to 256 x 192
     batch = model.data_preprocessor(data, False)
     found = model.eval().predict(batch['inputs'], batch['data_samples'], rescale=False)[0].pred_instances
     best = int(found.scores.argmax())
@@ -167,7 +181,7 @@ def test_detector_explains_a_detection_and_a_class(head):
     whole = explain(model, data, 'detection', classes, target=name, score_thr=0.0)
     alone = int((found.labels == found.labels[best]).sum()) == 1
     assert np.allclose(one.heat, whole.heat, atol=1e-4) == alone
-    assert one.heat.shape == (256, 192)
+    assert one.heat.shape == one.image.shape[:2] == (250, 190)
     assert one.heat.max() == 1
     with pytest.raises(ToolError, match=r'score_thr=1.0: no detection reaches it, the highest score is 0'):
         explain(model, data, 'detection', classes, score_thr=1.0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from config_models import load
 from mmengine.model import ImgDataPreprocessor
-from PIL import Image
+from PIL import Image, ImageSequence
 from torch import nn
 
 from vheat_mm import VHeat
@@ -17,6 +17,7 @@ from vheat_mm.apis.heat.embeddings import resizings
 from vheat_mm.apis.heat.erf import area_ratios, measure, peak
 from vheat_mm.apis.heat.networks import UNTRAINED, Network, load_network, vheat_of
 from vheat_mm.apis.heat.spread import conduct, crop_to_patches, patch_map, responses
+from vheat_mm.ops.reference import fit_freq_embed, heat_conduction
 from vheat_mm.utils.errors import ToolError
 from vheat_mm.utils.torchvision import ensure_torchvision
 
@@ -39,11 +40,11 @@ def network_of(layers):
 
 
 def test_field_of_a_convolution_is_its_kernel():
-    conv = nn.Conv2d(3, 2, 5, padding=2, bias=False)
-    nn.init.uniform_(conv.weight, 0.1, 1)
+    conv = nn.Conv2d(3, 2, 5, padding=2)
+    nn.init.constant_(conv.bias, 1e4)  # positive outputs, whatever the sign of the weights
     field = measure(network_of(conv), images())
     expected = np.zeros((64, 64))
-    expected[30:35, 30:35] = conv.weight.detach().sum((0, 1)).numpy()
+    expected[30:35, 30:35] = conv.weight.detach().sum(0).abs().sum(0).numpy()
     np.testing.assert_allclose(field.values, expected, rtol=1e-5)
     assert field.images == 3
 
@@ -122,7 +123,12 @@ def test_stages_keep_the_heat_of_patches(vheat):
     for response in found:
         assert response.start.sum() == 2 * (32 // response.stride) ** 2
         assert response.heat.sum() == pytest.approx(response.start.sum(), rel=1e-5)
+    starts = torch.from_numpy(found[2].start)[None, ..., None]
+    decays = [block.op.decay(fit_freq_embed(vheat.freq_embed[2], (4, 6))).detach() for block in vheat.layers[2].blocks]
+    each = [heat_conduction(starts.float().expand(-1, -1, -1, decay.shape[2]), decay).mean(-1)[0] for decay in decays]
+    np.testing.assert_allclose(found[2].heat, sum(each) / 2, atol=1e-6)
     assert patch_map([(1.0, 1.0)], (64, 96))[32:, 64:].all()
+    assert patch_map([(0.9, 0.1)], (64, 96))[:32, 64:].all()
 
 
 def test_diffusivity_is_that_of_the_network_and_random_values_are_told(vheat):
@@ -151,6 +157,9 @@ def test_what_modes_of_resizing_keep():
     assert (learnt.half_waves, learnt.frequency, learnt.empty) == (0, 0, 0)
     assert (pad.half_waves, pad.empty) == (0, 0.75)
     assert pad.frequency == pytest.approx(float((ramp[:8, 0, 0] - 1).norm() / ramp[:8, 0, 0].norm()))
+    pad = resizings(ramp, (40, 40), ['pad'])[1]  # mode n of 32 is as fast as mode 1.25 n of 40
+    near = ramp[[0, 1, 2, 4, 5, 6, 8, 9], 0, 0]
+    assert pad.frequency == pytest.approx(float((near - ramp[:8, 0, 0]).norm() / ramp[:8, 0, 0].norm()))
     assert max(bicubic.frequency, bilinear.frequency) < 0.06 < 0.4 < min(bicubic.half_waves, bilinear.half_waves)
 
 
@@ -172,11 +181,16 @@ def test_command_draws_every_kind(tmp_path, monkeypatch, capsys):
     assert 'UNTRAINED' in said
     for name in ('erf', 'spread', 'diffusivity', 'embeddings'):
         assert Image.open(f'{name}.png').width == 1280
-    assert Image.open('spread.gif').n_frames > 10
+    frames = [np.array(frame.convert('L')) for frame in ImageSequence.Iterator(Image.open('spread.gif'))]
+    contrasts = [frame[20:].std() for frame in frames]  # below the text
+    assert len(frames) == 14
+    assert np.diff(contrasts).max() < 0.1 < 30 < contrasts[0]
+    (tmp_path / 'text.jpg').write_text('no image')
     capsys.readouterr()
     for arguments, words in (
         (['erf', 'narrow.py', '--images', '.', '--size', '65'], 'multiple of 32'),
         (['erf', 'narrow.py', '--images', '.', '--before'], '--before compares with a CHECKPOINT'),
+        (['spread', 'narrow.py', '--image', 'text.jpg'], 'text.jpg: no image that can be read'),
         (['spread', 'narrow.py', '--image', '.'], 'images, give one'),
         (['embeddings', 'narrow.py', '--to', '8'], '--to must be at least 32'),
         (['diffusivity', 'vheat_tin'], "no config 'vheat_tin'"),

@@ -56,7 +56,7 @@ def test_cam_draws_every_target_at_every_layer(checkpoint, photo, tmp_path, capf
     ('arguments', 'words'),
     [
         (['cam', '{config}', '{checkpoint}', '{photo}', '--target', 'sand'], "no class 'sand'; the model has brick"),
-        (['cam', '{config}', '{checkpoint}', '{photo}', '--out', 'a.gif'], '--out a.gif: give the name of a file'),
+        (['cam', '{config}', 'nowhere.pth', '{photo}', '--out', 'a.gif'], '--out a.gif: give the name of a file'),
         (['cam', '{config}', '{checkpoint}', '{photo}', '--out', '{photo}/a.png'], 'nothing can be written in'),
         (['cam', '{config}', '{checkpoint}', '{notes}'], 'notes.jpg'),
         (['predictions', '{config}', '{checkpoint}', '--number', '0'], '--number 0: give 1 to 100'),
