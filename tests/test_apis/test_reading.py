@@ -237,6 +237,22 @@ def test_cut_video_keeps_what_is_there(tmp_path, name, options, words, said):
     assert re.search(words, error)
 
 
+def test_damaged_frames_are_said(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr('vheat_mm.apis.inference.frames.print_log', lambda text, *_: said.append(text))
+    path = tmp_path / 'a.mp4'
+    write_video(path)
+    with pytest.importorskip('av').open(str(path)) as container:
+        packet = list(container.demux(video=0))[15]
+        middle = packet.pos + 40
+    content = bytearray(path.read_bytes())
+    content[middle : middle + 200] = np.random.default_rng(0).bytes(200)
+    path.write_bytes(content)
+    frames, error = frames_of(path)
+    assert (len(frames), error) == (30, None)
+    assert re.search(r'[1-9]\d* of 30 frames are damaged', said[0])
+
+
 def test_videos_without_frames(tmp_path, said):
     av = pytest.importorskip('av')
     write_video(tmp_path / 'cut.mp4')

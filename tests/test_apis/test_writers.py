@@ -135,10 +135,10 @@ class TestCoco:
     def test_ids_of_a_file(self, tmp_path, caplog):
         file = tmp_path / 'val.json'
         images = [dict(id=7, file_name='a.jpg'), dict(id=9, file_name='in/b.jpg'), dict(id=4, file_name='c/d.jpg')]
-        images += [dict(id=3, file_name='e/d.jpg')]
+        images += [dict(id=3, file_name='e/d.jpg'), dict(id=6, file_name='f/g.jpg')]
         categories = [dict(id=5, name='nut'), dict(id=90, name='other'), dict(id=2, name='coin')]
         file.write_text(json.dumps(dict(images=images, categories=categories, annotations=[])))
-        names = ['a.jpg', 'x/a.jpg', 'out/b.jpg', 'd.jpg', 'c/d.jpg']
+        names = ['a.jpg', 'x/a.jpg', 'out/b.jpg', 'd.jpg', 'c/d.jpg', 'p/g.jpg', 'q/g.jpg']
         found = [detection(name, index) for index, name in enumerate(names)]
         target = self.write(tmp_path, found, CocoIds(CLASSES, file))
         coco = load_coco(target)
@@ -148,6 +148,8 @@ class TestCoco:
             'out/b.jpg': 9,  # by its last part
             'd.jpg': 11,  # ambiguous
             'c/d.jpg': 4,
+            'p/g.jpg': 12,  # two inputs for one image
+            'q/g.jpg': 13,
         }
         assert {annotation['category_id'] for annotation in coco.dataset['annotations']} == {2, 5}
         with pytest.raises(ToolError, match=r"val.json has no category 'date'; it has 'nut', 'other', 'coin'"):

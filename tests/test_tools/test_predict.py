@@ -275,7 +275,9 @@ def test_chosen_classes_with_an_annotation_file_that_lacks_the_others(place, dat
 
 
 def test_a_full_disk(place, data, capfd, monkeypatch):
+    """What is complete is in the file, and nothing of an input that has changed since."""
     written = []
+    shutil.copytree(data / 'images', place / 'full_in')
 
     def write(descriptor, content):
         written.append(content)
@@ -284,16 +286,23 @@ def test_a_full_disk(place, data, capfd, monkeypatch):
         return real(descriptor, content)
 
     real = os.write
-    options = (data / 'images', '--out', 'full', '--save', 'coco', '--score-thr', 0.01)
-    with monkeypatch.context() as patch:
-        patch.setattr(parts.os, 'write', write)
-        message = call_failing(capfd, run_prediction, CONFIG, CHECKPOINT, *options, cwd=place)
+    options = (place / 'full_in', '--out', 'full', '--save', 'coco', '--score-thr', 0.01)
+
+    def fill_up(*more: str) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(parts.os, 'write', write)
+            return call_failing(capfd, run_prediction, CONFIG, CHECKPOINT, *options, *more, cwd=place)
+
+    message = fill_up()
     assert 'no space left' in message
     assert '--resume' in message
     assert len(load(place / 'full')['images']) == 2
     predict(place, *options, '--resume')
     assert '2 done before' in capfd.readouterr().out
     assert len(load(place / 'full')['images']) == 6
+    os.utime(place / 'full_in' / '3.png')
+    fill_up('--resume')
+    assert [image['file_name'][0] for image in load(place / 'full')['images']] == list('01245')
 
 
 @pytest.mark.parametrize(
