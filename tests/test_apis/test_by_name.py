@@ -18,10 +18,11 @@ from mmengine.runner.checkpoint import load_from_local
 from stand_ins import released_checkpoint, write_release
 
 import vheat_mm
+from vheat_mm.apis.config import open_config
 from vheat_mm.checkpoint.released import find_released
 from vheat_mm.engine import fileio
 from vheat_mm.models.find_weights import ANCHOR
-from vheat_mm.utils.errors import CheckpointError
+from vheat_mm.utils.errors import CheckpointError, ToolError
 from vheat_mm.utils.torchvision import ensure_torchvision
 
 PACKAGE = Path(vheat_mm.__file__).parent
@@ -131,6 +132,20 @@ def test_a_wrong_name_of_a_config(tmp_path, name, remedy):
         Config.fromfile(write(tmp_path, repr(f'vheat_mm::{name}')))
     with pytest.raises(FileNotFoundError, match=remedy):
         vheat_mm.config_path(name)
+
+
+@pytest.mark.parametrize(
+    ('name', 'remedy'),
+    [
+        (DETECTOR, f"there is no config '{DETECTOR}', did you mean 'vheat_mm::{DETECTION}'"),
+        ('epoch_1.pth', 'CONFIG comes before CHECKPOINT'),
+    ],
+)
+def test_remedies_for_a_config_of_the_tools(tmp_path, monkeypatch, name, remedy):
+    monkeypatch.chdir(tmp_path)
+    Path('epoch_1.pth').touch()
+    with pytest.raises(ToolError, match=remedy):
+        open_config(name)
 
 
 def test_a_config_that_a_foreign_tool_reads_before_the_import(tmp_path):

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from processes import run_two
@@ -28,7 +29,7 @@ def predictions_of(*items: Item):
     for item in items:
         frames = [0, 1, 2] if item.is_video else [None]
         for frame in frames:
-            yield Prediction(item, frame, last=frame == frames[-1] or frame is None)
+            yield Prediction(item, frame, last=frame == frames[-1] or frame is None, boxes=np.zeros((2, 4), np.float32))
 
 
 class Recorder:
@@ -64,10 +65,10 @@ def test_an_input_is_noted_once_all_of_it_is_written(tmp_path):
     assert recorder.written == [('a', None), ('clip', 0), ('clip', 1), ('clip', 2), ('b', None)]
     assert recorder.closed == 1
     done = journal.read_journals(tmp_path)
-    assert {name: (entry.error, entry.images) for name, entry in done.items()} == {
-        'a': (None, 1),
-        'clip': (None, 3),
-        'b': ('no image', 0),
+    assert {name: (entry.error, entry.images, entry.boxes) for name, entry in done.items()} == {
+        'a': (None, 1, 2),
+        'clip': (None, 3, 6),
+        'b': ('no image', 0, 0),
     }
     assert (progress.images, progress.inputs, progress.broken) == (4, 3, 1)
 
@@ -192,7 +193,7 @@ def test_other_settings_are_refused(tmp_path):
     settings['amp'] = True
     with pytest.raises(ToolError) as caught:
         journal.check_settings(tmp_path / 'out', settings)
-    assert 'model.heads.0.score_thr was 0.05 and is 0.1, amp was not set and is True' in str(caught.value)
+    assert 'model.heads.0.score_thr was 0.05 and is 0.1, amp was not set and is set' in str(caught.value)
     (tmp_path / 'out' / journal.FOLDER / 'settings.json').write_text('[')
     with pytest.raises(ToolError, match='damaged'):
         journal.check_settings(tmp_path / 'out', settings)

@@ -47,7 +47,7 @@ def test_folder(photos, said):
     items = list_items(photos)
     assert [(item.name, item.is_video) for item in items] == [('a.JPG', False), ('b.jpg', False), ('clip.mp4', True)]
     assert [Path(item.path) for item in items] == [photos / item.name for item in items]
-    assert said == [f'{photos}: 1 folders in it are not read (--recursive)', f'{photos}: skipped hidden (1), .md (1)']
+    assert said == [f'{photos}: 1 folder in it not read (--recursive)', f'{photos}: skipped hidden (1), .md (1)']
     assert names(photos, recursive=True) == ['a.JPG', 'b.jpg', 'clip.mp4', 'sub/a.jpg', 'sub/deep/c.png']
 
 
@@ -81,7 +81,7 @@ def test_lists(photos, said, monkeypatch):
 def test_same_file_twice(photos, said):
     (photos / 'link.jpg').symlink_to('b.jpg')  # another name is another input
     assert names(photos / 'b.jpg', photos, photos / 'sub/../b.jpg') == ['b.jpg', 'a.JPG', 'clip.mp4', 'link.jpg']
-    assert '2 files are given more than once and read once' in said[-1]
+    assert 'given more than once and read once: 2 files, ' in said[-1]
 
 
 def test_equal_names_get_the_folders_in_front(tmp_path, said):
@@ -195,9 +195,10 @@ def test_unreadable_folder(photos, said, monkeypatch):
         ('photos/*.md', r'matches no image or video, only \.md \(1\)'),
         ('photoz', "there is no 'photoz', did you mean 'photos'"),
         ('photos/my', 'need quotes in the shell'),
+        ('photos\\a.jpg', 'separated by /'),
         ('s3://bucket/a.jpg', 'only http:// and https://'),
         ('http:///a.jpg', 'it has no host'),
-        ('empty', r"no image or video in the folder 'empty'; it holds \.heic \(1\); its 1 folders .*--recursive"),
+        ('empty', r"no image or video in the folder 'empty'; it holds \.heic \(1\); 1 folder in it .*--recursive"),
         ('', 'no path'),
         ('a\0b', 'no path'),
     ],

@@ -142,7 +142,7 @@ def test_a_folder_with_broken_files_and_a_video(place, capfd):
     options = (inputs, '--recursive', '--out', out, '--score-thr', 0.01)
     predict(place, *options, status=1)
     printed = capfd.readouterr().out
-    assert '8 images, 1 video with 4 frames, 3 broken inputs;' in printed
+    assert re.search(r'8 images, 1 video with 4 frames, [1-9]\d* detections, 3 broken inputs;', printed)
     errors = (out / 'errors.txt').read_text().splitlines()
     assert [line.split(':')[0] for line in errors] == ['empty.png', 'text.jpg', 'second/cut.png']
     content = load(out)
@@ -162,7 +162,7 @@ def test_a_folder_with_broken_files_and_a_video(place, capfd):
     predict(place, *options, '--resume', status=1)
     printed = capfd.readouterr().out
     assert 'changed since and predicted again: 2 inputs, 4.png, first/0.png' in printed
-    assert '3 images, 3 broken inputs, 7 done before;' in printed
+    assert re.search(r'3 images, \d+ detections, 3 broken inputs, 7 done before;', printed)
     new = (names | {'empty.png', '4.png', 'first/new.png'}) - {'first/0.png'}
     assert {image['file_name'] for image in load(out)['images']} == new
     changed = {path for path in before if not path.exists() or path.stat().st_mtime_ns != before[path]}
@@ -171,11 +171,16 @@ def test_a_folder_with_broken_files_and_a_video(place, capfd):
     predict(place, *options[:3], 'anew', *options[4:], status=1)
     assert (out / 'predictions.json').read_bytes() == (place / 'anew' / 'predictions.json').read_bytes()
 
+    predict(place, inputs / '0.png', '--out', 'nothing', '--save', 'coco', '--score-thr', 1)
+    printed = capfd.readouterr().out
+    assert '1 image, 0 detections, 0 broken inputs;' in printed
+    assert 'no detection reaches the score 1: lower --score-thr' in printed
+
     message = call_failing(capfd, run_prediction, CONFIG, CHECKPOINT, *options[:-1], 0.02, '--resume', cwd=place)
     assert 'score-thr was 0.01 and is 0.02' in message
     torch.save({**torch.load(place / CHECKPOINT), 'other': 1}, place / 'other.pth')
     message = call_failing(capfd, run_prediction, CONFIG, 'other.pth', *options, '--resume', '--tta', cwd=place)
-    assert 'tta was False and is True' in message
+    assert '--tta was not set and is set' in message
     assert 'checkpoint was' in message
     shutil.copy(inputs / '1.png', inputs / 'first' / '0.png')
 

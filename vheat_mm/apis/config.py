@@ -16,7 +16,7 @@ from mmengine.registry import init_default_scope
 
 from vheat_mm.apis.cfg_options import CfgOptionsAction, check_keys
 from vheat_mm.checkpoint.released import RELEASES, find_released, locate
-from vheat_mm.engine.by_name import PREFIX, config_path
+from vheat_mm.engine.by_name import PREFIX, config_path, find_config
 from vheat_mm.utils.config_place import type_name
 from vheat_mm.utils.errors import ToolError, describe
 from vheat_mm.utils.torchvision import ensure_torchvision
@@ -110,7 +110,11 @@ def open_config(config: str | os.PathLike | Config, options: dict[str, Any] | No
 def _read(name: str) -> Config:
     path = Path(config_path(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else name)
     if not path.is_file():
-        raise ToolError(f'there is no config {name!r} (working directory {Path.cwd()})')
+        ours = find_config(path.stem)
+        hint = f', did you mean {PREFIX + ours!r}?' if ours else ''
+        raise ToolError(f'there is no config {name!r}{hint} (working directory {Path.cwd()})')
+    if path.suffix not in ('.py', '.json', '.yaml', '.yml'):
+        raise ToolError(f'{name!r} is no config, which ends with .py, .json or .yaml: CONFIG comes before CHECKPOINT')
     try:
         return Config.fromfile(path)
     except Exception as error:

@@ -55,12 +55,21 @@ def config_path(name: str) -> str:
     path = folder / name
     if path.suffix == '.py' and path.is_file():
         return str(path)
-    known = sorted(file.relative_to(folder).as_posix() for file in folder.glob('[!_]*/*.py'))
-    by_stem = {Path(file).stem: file for file in known}
-    hint = f', did you mean {by_stem[path.stem]!r}?' if path.stem in by_stem else did_you_mean(name, known)
+    known, same = _configs(), find_config(path.stem)
+    hint = f', did you mean {same!r}?' if same else did_you_mean(name, known)
     if not known:
         hint = '; the package was installed without its configs, install it again: pip install vheat_mm'
     raise FileNotFoundError(f'vheat_mm has no config {name!r} below {str(folder)!r}{hint}')
+
+
+def find_config(stem: str) -> str | None:
+    """Path below ``configs/`` of this package's config with a file name, given without ``.py``."""
+    return next((file for file in _configs() if Path(file).stem == stem), None)
+
+
+def _configs() -> list[str]:
+    folder = _root() / 'configs'
+    return sorted(file.relative_to(folder).as_posix() for file in folder.glob('[!_]*/*.py'))
 
 
 def dataset_meta(release: Released) -> dict[str, Any] | None:

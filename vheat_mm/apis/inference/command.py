@@ -38,7 +38,7 @@ from vheat_mm.utils.text import count, first_line, some_of
 
 BROKEN = 1  # exit status
 # Besides those of the config; of a changed one, earlier results would be others.
-_SETTINGS = ('tta', 'amp', 'half', 'classes', 'slice')
+_SETTINGS = ('tta', 'amp', 'half', 'slice')
 _LISTED = 20  # broken inputs that are printed at the end
 ERRORS = 'errors.txt'
 
@@ -161,9 +161,10 @@ class _Command:
     def _plan(self, items: list[Item], predictor: Predictor, results: Results) -> dict[str, Any]:
         """What is to be done, given what earlier runs have done."""
         cfg = predictor.cfg
-        settings: dict[str, Any] = {name: getattr(self.args, name) for name in _SETTINGS}
-        settings['overlap'], settings['score-thr'] = predictor.overlap, predictor.score_thr
-        settings['save'] = sorted(results.kinds)
+        settings: dict[str, Any] = {f'--{name}': getattr(self.args, name) for name in _SETTINGS}
+        settings['--overlap'], settings['--score-thr'] = predictor.overlap, predictor.score_thr
+        settings['--classes'] = self.args.classes and shlex.join(self.args.classes)
+        settings['--save'] = ' '.join(sorted(results.kinds))
         settings['checkpoint'] = journal.digest(
             cfg.load_from if self.args.checkpoint == 'released' else self.args.checkpoint
         )
@@ -200,7 +201,7 @@ class _Command:
         broken = [(item, entry.error) for item in items if (entry := done.get(item.name)) and entry.error is not None]
         self._write_errors(broken)
         left = sum(item.name not in done for item in items)
-        self._say(items, todo, done, progress)
+        self._say(items, todo, done, progress, results.score_thr)
         if missing:
             raise ToolError(
                 f'process {some_of(missing)} of {self.processes.count} has made no progress, {left} inputs are left: '
@@ -230,18 +231,26 @@ class _Command:
         if len(lines) > _LISTED:
             print_log(f'and {len(lines) - _LISTED} more, all in {target}', 'current', logging.WARNING)
 
-    def _say(self, items: list[Item], todo: set[str], done: dict[str, Done], progress: Progress) -> None:
+    def _say(
+        self, items: list[Item], todo: set[str], done: dict[str, Done], progress: Progress, score_thr: float | None
+    ) -> None:
         """The closing line."""
         ours = [(item, done[item.name]) for item in items if item.name in todo and item.name in done]
         images = sum(entry.images for item, entry in ours if not item.is_video)
         videos = [entry.images for item, entry in ours if item.is_video and entry.images]
         frames = sum(videos)
         seconds = progress.seconds
-        parts = [count(images, 'image')]
+        parts = [count(images, 'image')] if images or not videos else []
         if videos:
             parts.append(f'{count(len(videos), "video")} with {count(frames, "frame")}')
+        boxes = sum(entry.boxes for _, entry in ours)
+        if score_thr is not None:
+            parts.append(count(boxes, 'detection'))
         parts.append(count(sum(entry.error is not None for _, entry in ours), 'broken input'))
         if skipped := len(items) - len(todo):
             parts.append(f'{skipped} done before')
         rate = (images + frames) / max(seconds, 1e-9)
         print_log(f'{", ".join(parts)}; {seconds:.1f} s, {rate:.2f} images/s; results in {self.out}', 'current')
+        if score_thr is not None and images + frames and not boxes:
+            text = f'no detection reaches the score {score_thr:g}: lower --score-thr, or take a model of such images'
+            print_log(text, 'current', logging.WARNING)

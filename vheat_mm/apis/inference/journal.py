@@ -50,12 +50,14 @@ class Done(NamedTuple):
         error: Why it, or the rest of a video, could not be predicted.
         images: Number of images or frames that were predicted.
         part: Name of the files that hold its results, without a suffix.
+        boxes: Number of detections in them.
     """
 
     stamp: Stamp
     error: str | None
     images: int
     part: str
+    boxes: int = 0
 
     @property
     def run(self) -> int:
@@ -74,13 +76,13 @@ class Journal:
     def __init__(self, folder: Path, part: str) -> None:
         self._file = PartFile(folder / FOLDER / f'{part}{_JOURNAL}')
 
-    def write(self, item: Item, stamp: Stamp, error: str | None, images: int) -> None:
+    def write(self, item: Item, stamp: Stamp, error: str | None, images: int, boxes: int = 0) -> None:
         """Note that all results of an input are written.
 
         Raises:
             ToolError: The disk is full.
         """
-        self._file.append(Key(item.name, None), [*stamp, error, images])
+        self._file.append(Key(item.name, None), [*stamp, error, images, boxes])
 
     def close(self) -> None:
         """Close the file."""
@@ -100,8 +102,8 @@ def read_journals(folder: Path) -> dict[str, Done]:
             for line in file:
                 if line.endswith(b'\n'):
                     head, _, rest = line.partition(b'\t')
-                    size, changed, error, images = json.loads(rest)
-                    found[json.loads(head)['name']] = Done(Stamp(size, changed), error, images, path.stem)
+                    size, changed, error, images, boxes = json.loads(rest)
+                    found[json.loads(head)['name']] = Done(Stamp(size, changed), error, images, path.stem, boxes)
     return found
 
 
@@ -157,7 +159,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
     Args:
         folder: Output folder.
-        settings: Values that JSON can hold, nested or not.
+        settings: Values that JSON can hold, nested or not; of options by these, such as '--tta'.
 
     Raises:
         ToolError: They differ; the message says where.
@@ -171,13 +173,14 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         then = {str(key): str(value) for key, value in json.loads(path.read_bytes()).items()}
     except (ValueError, AttributeError, RecursionError) as error:
         raise ToolError(f'--resume: {path} is damaged ({first_line(error)}): begin anew in another folder') from error
-    nothing = 'not set'
     differs = [key for key in dict.fromkeys((*then, *now)) if then.get(key) != now.get(key)]
     if differs:
-        listed = [
-            f'{key} was {first_line(then.get(key, nothing), 60)} and is {first_line(now.get(key, nothing), 60)}'
-            for key in differs
-        ]
+
+        def value(key: str, settings: Mapping[str, str]) -> str:
+            text = first_line(settings.get(key, 'None'), 60)
+            return {'None': 'not set', 'False': 'not set', 'True': 'set'}.get(text, text)
+
+        listed = [f'{key} was {value(key, then)} and is {value(key, now)}' for key in differs]
         raise ToolError(
             f'--resume: the results in {folder} were made with other settings: {some_of(listed, 3)}. '
             'Use the same ones, or another --out'

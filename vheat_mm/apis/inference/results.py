@@ -45,6 +45,9 @@ class Results:
         ann_file: See :class:`~vheat_mm.apis.inference.coco.CocoIds`.
         chosen: Names of the classes that are predicted; all by default.
 
+    Attributes:
+        score_thr: Of a detector: the lowest score of what is written.
+
     Raises:
         ToolError: A kind or ``ann_file`` does not fit the task; supervision is missing; see also ``CocoIds``.
     """
@@ -71,6 +74,7 @@ class Results:
                 "tools/predict.py needs supervision to paint: pip install 'vheat_mm[predict]', or leave painting out: "
                 f'--save {others}'
             )
+        self.score_thr = predictor.score_thr if predictor.task == 'detection' else None
         self._out, self._predictor, self._items = out, predictor, items
         mirrored = [kind for kind in ('painted', 'label-maps') if kind in self.kinds]
         self._mirrors = {kind: self._mirror(kind.replace('-', '_')) for kind in mirrored}

@@ -52,7 +52,7 @@ class WriterThread:
         self._writers, self._journal, self._stamps = writers, journal, stamps
         self._queue: queue.Queue[Prediction | None] = queue.Queue(_AHEAD)
         self._error: BaseException | None = None
-        self._count = 0  # images or frames of the present input
+        self._count = self._boxes = 0  # images or frames of the present input, and detections in them
         self._failed: str | None = None
         self._thread = threading.Thread(target=self._run, name='writer', daemon=True)
         self._thread.start()
@@ -103,9 +103,11 @@ class WriterThread:
             except Exception as error:  # encoders and painting: of this image alone
                 self._failed = f'a result cannot be written: {first_line(describe(error))}'
         self._count += prediction.error is None
+        self._boxes += 0 if prediction.boxes is None else len(prediction.boxes)
         if prediction.last:
-            self._journal.write(prediction.item, self._stamps[prediction.item.name], self._failed, self._count)
-            self._count, self._failed = 0, None
+            stamp = self._stamps[prediction.item.name]
+            self._journal.write(prediction.item, stamp, self._failed, self._count, self._boxes)
+            self._count, self._boxes, self._failed = 0, 0, None
 
 
 class StopSignals:

@@ -20,7 +20,7 @@ from vheat_mm.apis.inference.types import Item
 from vheat_mm.utils.config_place import did_you_mean
 from vheat_mm.utils.errors import ToolError
 from vheat_mm.utils.files import expand_user, read_regular
-from vheat_mm.utils.text import first_line, is_address, some_of
+from vheat_mm.utils.text import count, first_line, is_address, some_of
 
 # fmt: off
 IMAGES = (
@@ -83,7 +83,7 @@ def list_items(
             seen.add(key)
             found.append((number, source, file))
     if again:
-        print_log(f'{len(again)} files are given more than once and read once: {some_of(again, 3)}', 'current')
+        print_log(f'given more than once and read once: {count(len(again), "file")}, {some_of(again, 3)}', 'current')
     names = distinct_names([(number, file.folder, file.name) for number, _, file in found])
     items = []
     for index, ((_, source, file), name) in enumerate(zip(found, names, strict=True)):
@@ -150,13 +150,17 @@ class _Listing:
         files = list(self._walk(path, self.recursive, skipped))
         folders = skipped.pop('folders', 0)
         if not files:
-            deeper = f'; its {folders} folders are read with --recursive' if folders and not self.recursive else ''
+            deeper = (
+                f'; {count(folders, "folder")} in it would be read with --recursive'
+                if folders and not self.recursive
+                else ''
+            )
             others = f'; it holds {_counts(skipped)}' if skipped else ''
             raise ToolError(
                 f'no image or video in the folder {source!r}{others}{deeper}; looked for {" ".join(IMAGES + VIDEOS)}'
             )
         if folders and not self.recursive:
-            print_log(f'{source}: {folders} folders in it are not read (--recursive)', 'current')
+            print_log(f'{source}: {count(folders, "folder")} in it not read (--recursive)', 'current')
         self._say_skipped(source, skipped)
         return [_found(file, _absolute(path)) for file in files]
 
@@ -242,6 +246,8 @@ def _counts(skipped: Counter[str]) -> str:
 def _hint(path: Path, source: str) -> str:
     if '://' in source:
         return ': only http:// and https:// addresses are read'
+    if '\\' in source and os.sep == '/':
+        return '; parts of a path are separated by / here, not by \\'
     try:
         known = os.listdir(path.parent)  # noqa: PTH208
     except OSError:
