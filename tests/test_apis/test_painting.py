@@ -15,6 +15,8 @@ from vheat_mm.apis.inference.types import Item, Prediction
 from vheat_mm.apis.inference.video import VideoWriter
 from vheat_mm.utils.errors import ToolError
 
+cv2 = pytest.importorskip('cv2')
+
 
 class TestPaint:
     @pytest.fixture(autouse=True)
@@ -135,6 +137,13 @@ class TestPaintedWriter:
             expected = paint(detection(), CLASSES, PALETTE)
             np.testing.assert_array_equal(np.asarray(png)[..., ::-1], expected)
         assert sorted(path.name for path in tmp_path.rglob('*')) == ['a', 'b.PNG', 'ü.jpg']
+
+    def test_a_jpeg_has_65500_columns_at_most(self, writer, tmp_path):
+        image = np.zeros((2, 65501, 3), np.uint8)
+        none = dict(boxes=np.zeros((0, 4)), scores=np.zeros(0), labels=np.zeros(0, int), masks=None)
+        with pytest.raises((ValueError, cv2.error), match='65501 x 2 pixels|65500'):
+            writer.write(detection('a.jpg', size=image.shape[:2], image=image, **none))
+        assert not list(tmp_path.rglob('*a.jpg*'))
 
     def test_videos(self, writer, tmp_path):
         """Odd sides, a rate that is no whole number, colours that decode as they were, playable from the beginning."""

@@ -320,6 +320,9 @@ def _write_image(image: np.ndarray, target: Path) -> None:
     import cv2
 
     suffix = target.suffix.lower()
-    encoded = cv2.imencode(suffix, image, [] if suffix == '.png' else [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
+    options = [] if suffix == '.png' else [cv2.IMWRITE_JPEG_QUALITY, 95]
+    is_encoded, encoded = cv2.imencode(suffix, image, options)
+    if not is_encoded:
+        raise ValueError(f'OpenCV cannot encode {image.shape[1]} x {image.shape[0]} pixels as {suffix}')
     with result_file(target) as file:
         file.write(encoded.data)
