@@ -12,7 +12,7 @@ from torch import nn
 
 from vheat_mm import VHeat
 from vheat_mm.apis.heat.command import run_heat
-from vheat_mm.apis.heat.diffusivity import Diffusivity, diffusivities
+from vheat_mm.apis.heat.diffusivity import Diffusivity, diffusivities, diffusivity_figure, warn_of
 from vheat_mm.apis.heat.embeddings import resizings
 from vheat_mm.apis.heat.erf import area_ratios, measure, peak
 from vheat_mm.apis.heat.networks import UNTRAINED, Network, load_network, vheat_of
@@ -141,7 +141,12 @@ def test_diffusivity_is_that_of_the_network_and_random_values_are_told(vheat):
     assert found[0].doubt().startswith('as random')
     nn.init.ones_(block.op.to_k[0].bias)
     assert vheat_of(vheat, 'it') == (vheat, 'it')
-    assert diffusivities(vheat, (64, 64))[3].doubt().startswith('nearly constant')
+    changed = diffusivities(vheat, (64, 64))
+    assert changed[3].doubt().startswith('nearly constant')
+    heading = diffusivity_figure(changed, 'it').get_suptitle().splitlines()
+    assert heading[1:] == ['it', warn_of(changed, 'it')]
+    assert 'random or nearly constant over the modes in 5 of 5 blocks' in heading[2]
+    assert not warn_of(changed, UNTRAINED)  # said once
 
 
 def test_smooth_diffusivity_is_not_doubted():

@@ -1,6 +1,7 @@
 """tools/visualization/heat.py: one picture a call, or one line that says why not."""
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,15 @@ def test_every_kind_has_one_line_of_help():
     for kind, module in KINDS.items():
         assert kind in text.split()
         assert module.__doc__.splitlines()[0].endswith('.')
+
+
+def test_a_missing_library_is_named_before_any_work(monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    monkeypatch.delitem(sys.modules, 'matplotlib.figure', raising=False)
+    assert run_heat(['diffusivity', 'nowhere.py']) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        "error: heat.py diffusivity needs matplotlib: pip install 'vheat_mm[demo]'"
+    )
 
 
 def test_cam_draws_every_target_at_every_layer(checkpoint, photo, tmp_path, capfd):

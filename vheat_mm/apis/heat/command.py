@@ -48,9 +48,10 @@ def draw(args: argparse.Namespace) -> None:
 
         KINDS[args.kind].run(args)
     except ModuleNotFoundError as error:
-        if error.name not in ('matplotlib', 'supervision', 'pycocotools', 'scipy'):
+        library = (error.name or '').partition('.')[0]
+        if library not in ('matplotlib', 'pycocotools', 'scipy'):
             raise
-        raise ToolError(f"heat.py {args.kind} needs {error.name}: pip install 'vheat_mm[demo]'") from error
+        raise ToolError(f"heat.py {args.kind} needs {library}: pip install 'vheat_mm[demo]'") from error
 
 
 def run_heat(argv: Sequence[str] | None = None) -> int:

@@ -82,11 +82,11 @@ def diffusivities(network: VHeat, size: tuple[int, int]) -> list[Diffusivity]:
 
 def diffusivity_figure(blocks: Sequence[Diffusivity], label: str) -> Figure:
     """A column for each stage: k and decay of its last block, below them the decay of all blocks along n = m."""
-    title = '\n'.join(
+    heading = '\n'.join(
         filter(None, ['Diffusivity k and decay of every mode, means over channels', label, warn_of(blocks, label)])
     )
     stages = sorted({block.stage for block in blocks})
-    figure = new_figure(10.4 + 0.4 * title.count('\n'))
+    figure = new_figure(10.4 + 0.4 * heading.count('\n'))
     axes = figure.subplots(3, len(stages), squeeze=False)
     for stage, column in zip(stages, axes.T, strict=True):
         own = [block for block in blocks if block.stage == stage]
@@ -117,7 +117,7 @@ def diffusivity_figure(blocks: Sequence[Diffusivity], label: str) -> Figure:
     axes[0, 0].set_ylabel('half waves n, height', fontsize=FONT)
     axes[1, 0].set_ylabel('half waves n, height', fontsize=FONT)
     axes[1, 0].set_xlabel('half waves m, width', fontsize=FONT)
-    figure.suptitle(title, fontsize=FONT + 1)
+    figure.suptitle(heading, fontsize=FONT + 1)
     return figure
 
 
