@@ -141,7 +141,7 @@ class TestPaintedWriter:
     def test_a_jpeg_has_65500_columns_at_most(self, writer, tmp_path):
         image = np.zeros((2, 65501, 3), np.uint8)
         none = dict(boxes=np.zeros((0, 4)), scores=np.zeros(0), labels=np.zeros(0, int), masks=None)
-        with pytest.raises((ValueError, cv2.error), match='65501 x 2 pixels|65500'):
+        with pytest.raises((ValueError, cv2.error), match=r'65501 x 2 pixels|65500'):
             writer.write(detection('a.jpg', size=image.shape[:2], image=image, **none))
         assert not list(tmp_path.rglob('*a.jpg*'))
 
