@@ -186,6 +186,18 @@ class TestPaintedWriter:
         writer.write(detection('none.mp4', frame=0, error='no frames', image=None))
         assert [path.name for path in tmp_path.rglob('*')] == ['in']
 
+    def test_a_video_that_cannot_be_encoded_leaves_the_next_one_alone(self, writer, tmp_path, monkeypatch):
+        first, *others = self.frames(3)
+        writer.write(first)
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, '_paint', lambda _: np.zeros((97, 131, 3), np.float64))
+            for prediction in others:
+                with pytest.raises(Exception):  # noqa: B017, PT011
+                    writer.write(prediction)
+        assert not [path for path in tmp_path.rglob('*') if path.is_file()]
+        deque(map(writer.write, self.frames(2)))
+        assert [path.name for path in tmp_path.rglob('*') if path.is_file()] == ['clip.mp4']
+
     def test_frames_of_other_sizes(self, tmp_path):
         av = pytest.importorskip('av')
         video = VideoWriter(tmp_path / 'a.mp4', 25)

@@ -296,17 +296,19 @@ class PaintedWriter:
         Raises:
             ToolError: The disk is full; nothing of the image or video is left.
         """
-        if prediction.error is None:
-            target = self._folder / self._name_of(prediction.item)
-            painted = self._paint(prediction)
-            if prediction.item.is_video:
-                self._video = self._video or VideoWriter(target, prediction.fps)
-                self._video.write(painted)
-            else:
-                _write_image(painted, target)
-        if prediction.last and self._video is not None:
-            video, self._video = self._video, None
-            video.close()
+        try:
+            if prediction.error is None:
+                target = self._folder / self._name_of(prediction.item)
+                painted = self._paint(prediction)
+                if prediction.item.is_video:
+                    self._video = self._video or VideoWriter(target, prediction.fps)
+                    self._video.write(painted)
+                else:
+                    _write_image(painted, target)
+        finally:  # the next video gets a file of its own, also after an error
+            if prediction.last and self._video is not None:
+                video, self._video = self._video, None
+                video.close()
 
     def close(self) -> None:
         """Remove a video that is not complete."""

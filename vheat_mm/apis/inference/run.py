@@ -101,7 +101,7 @@ class WriterThread:
             except (OSError, ToolError):
                 raise
             except Exception as error:  # encoders and painting: of this image alone
-                self._failed = f'a result cannot be written: {first_line(describe(error))}'
+                self._failed = self._failed or f'a result cannot be written: {first_line(describe(error))}'
         self._count += prediction.error is None
         self._boxes += 0 if prediction.boxes is None else len(prediction.boxes)
         if prediction.last:
