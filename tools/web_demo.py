@@ -5,7 +5,6 @@ Gradio draws the page and serves it, by default to this machine alone. What is o
 
 import argparse
 import contextlib
-import errno
 import html
 import os
 import runpy
@@ -283,8 +282,7 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
-            unknown = getattr(error, 'errno', None) not in (errno.EADDRINUSE, errno.EACCES, None)
-            remedy = '--host 127.0.0.1 is this machine alone' if unknown else 'choose another with --port'
+            remedy = 'choose another --port, or --host 127.0.0.1, which is this machine alone'
             raise ToolError(f'cannot serve on port {port} of {host}: {describe(error)}; {remedy}') from error
 
 

@@ -349,8 +349,8 @@ def test_visitors_get_no_other_files_and_the_server_connects_to_itself_alone(ser
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['--port', '{port}'], 'cannot serve on port {port} of 127.0.0.1: .* in use; choose another with --port'),
-        (['--port', '0', '--host', '192.0.2.1'], '--host 127.0.0.1 is this machine alone'),
+        (['--port', '{port}'], 'cannot serve on port {port} of 127.0.0.1: .* in use; choose another --port'),
+        (['--port', '0', '--host', '192.0.2.1'], '--host 127.0.0.1, which is this machine alone'),
         (['--port', '0', '--demo', '{folder}'], 'no trained demo below {folder}: `make demo` trains a detector'),
         (['--port', '0', 'config.py'], "'config.py' has no partner"),
     ],

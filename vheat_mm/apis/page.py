@@ -176,7 +176,7 @@ class Page:
         assert shown.prediction.image is not None
         model = self.models[shown.model]
         figure = HEAT[kind].draw(model, shown.prediction.image, target)
-        path = self._new_folder() / f'{Path(shown.prediction.item.name).stem}_{kind}.png'
+        path = Path(tempfile.mkdtemp(dir=self._folder)) / f'{Path(shown.prediction.item.name).stem}_{kind}.png'
         figure.savefig(path)
         return str(path)
 
@@ -184,7 +184,7 @@ class Page:
         """Write the painted image and, of a detector, the COCO file."""
         import cv2
 
-        folder = self._new_folder()
+        folder = Path(tempfile.mkdtemp(dir=self._folder))
         stem = Path(shown.prediction.item.name).stem
         image = folder / f'{stem}_painted.png'
         image.write_bytes(cv2.imencode('.png', painted, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes())
@@ -193,9 +193,6 @@ class Page:
         coco = folder / f'{stem}_coco.json'
         coco.write_text(json.dumps(to_coco([shown.prediction], self.models[shown.model].predictor.classes, score_thr)))
         return str(image), str(coco)
-
-    def _new_folder(self) -> Path:
-        return Path(tempfile.mkdtemp(dir=self._folder))
 
     def table(self, shown: Shown, score_thr: float) -> str:
         """HTML of what was found, highest score first."""

@@ -139,7 +139,11 @@ def to_nchw(x: Tensor, size: tuple[int, int], layout: str | None = None) -> Tens
     grids = {(-(-size[0] // s), -(-size[1] // s)) for s in strides} | {(size[0] // s, size[1] // s) for s in strides}
     shape, found = tuple(x.shape), []
     if x.ndim == 4 and len(x) == 1:
-        found = [name for name in LAYOUTS if layout == name or (not layout and _sides(shape, name) in grids)]
+        found = [
+            name
+            for name in LAYOUTS
+            if layout == name or (not layout and (shape[name.index('H')], shape[name.index('W')]) in grids)
+        ]
     elif x.ndim == 3 and len(x) == 1 and layout in (None, 'NLC'):
         tokens = {h * w: (h, w) for h, w in sorted(grids, reverse=True)}
         if grid := tokens.get(shape[1]) or tokens.get(shape[1] - 1):
@@ -149,10 +153,6 @@ def to_nchw(x: Tensor, size: tuple[int, int], layout: str | None = None) -> Tens
     what = f'{"may have two layouts" if found else "is no map"} of an image of {size[0]}x{size[1]}'
     choices = ', '.join([*LAYOUTS, 'NLC'])
     raise ToolError(f'a layer output of shape {shape} {what}: name its layout ({choices}) or another layer')
-
-
-def _sides(shape: tuple[int, ...], layout: str) -> tuple[int, int]:
-    return shape[layout.index('H')], shape[layout.index('W')]
 
 
 def _class_index(target: str | int | None, classes: Sequence[str]) -> int | str | None:

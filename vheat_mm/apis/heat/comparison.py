@@ -83,15 +83,10 @@ def segmentation_quality(truth: Truth, prediction: Any) -> float:
     return float(np.mean(ious)) if ious else 1.0
 
 
-def classification_quality(truth: Truth, prediction: Any) -> float:
-    """See the module."""
-    return float(prediction.scores[truth.label])
-
-
 QUALITIES: dict[str, tuple[Callable[[Truth, Any], float], str]] = {
     'detection': (detection_quality, 'IoU'),
     'segmentation': (segmentation_quality, 'mIoU'),
-    'classification': (classification_quality, 'probability'),
+    'classification': (lambda truth, prediction: float(prediction.scores[truth.label]), 'probability'),
 }
 
 

@@ -133,19 +133,17 @@ def load_vheat(args: argparse.Namespace) -> tuple[VHeat, str]:
 def vheat_of(backbone: nn.Module, label: str) -> tuple[VHeat, str]:
     """A backbone as a vHeat with frequency value embeddings, and its label, which says if it is untrained.
 
+    It is where every bias of ``to_k`` is 0, as it was drawn; no training leaves that so.
+
     Raises:
         ToolError: It is another network, or deployed for one resolution.
     """
     if not isinstance(backbone, VHeat) or backbone.freq_embed is None:
         what = 'is deployed for one resolution' if isinstance(backbone, VHeat) else f'has a {type(backbone).__name__}'
         raise ToolError(f'{label} {what}: give a vHeat with frequency value embeddings')
-    return backbone, f'{label}\n{UNTRAINED}' if has_initial_values(backbone) else label
-
-
-def has_initial_values(network: VHeat) -> bool:
-    """Whether the diffusivities are as they were drawn: every bias of ``to_k`` is 0, which no training leaves so."""
-    blocks = (module for module in network.modules() if isinstance(module, HeatConduction2d))
-    return all(not cast(nn.Linear, block.to_k[0]).bias.any() for block in blocks)
+    blocks = (module for module in backbone.modules() if isinstance(module, HeatConduction2d))
+    learnt = any(cast(nn.Linear, block.to_k[0]).bias.any() for block in blocks)
+    return backbone, label if learnt else f'{label}\n{UNTRAINED}'
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
