@@ -101,6 +101,8 @@ def explain(
         near = sorted(other for other in modules if other and other.rpartition('.')[0] == name.rpartition('.')[0])
         raise ToolError(f'there is no layer {name!r} in the model; beside it are {", ".join(near[:20])}')
     index = _class_index(target, classes)
+    if isinstance(index, str) and task != 'detection':
+        raise ToolError(f'{target!r} means a detection: give a class')
     with _evaluating(model), _tap(modules[name]) as outputs, torch.enable_grad():
         batch = model.data_preprocessor(dict(data), False)
         inputs, samples = batch['inputs'], batch.get('data_samples')
@@ -209,16 +211,12 @@ class _Undetached(TorchFunctionMode):
 
 
 def _classifier_score(model, inputs, samples, classes, target, score_thr) -> tuple[Tensor, str]:
-    if isinstance(target, str):
-        raise ToolError(f'{target!r} means a detection: give a class to a classifier')
     logits = model(inputs, samples, mode='tensor')[0]
     index = int(logits.argmax()) if target is None else target
     return logits[index], f'{classes[index]} {logits.softmax(0)[index]:.2f}'
 
 
 def _segmentor_score(model, inputs, samples, classes, target, score_thr) -> tuple[Tensor, str]:
-    if isinstance(target, str):
-        raise ToolError(f'{target!r} means a detection: give a class to a segmentor')
     logits = model.encode_decode(inputs, [sample.metainfo for sample in samples])[0]
     if len(logits) == 1:  # two classes with one logit, whose probability MMSegmentation compares with a threshold
         logits = logits - torch.logit(torch.tensor(float(model.decode_head.threshold)))

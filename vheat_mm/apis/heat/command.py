@@ -14,14 +14,9 @@ from vheat_mm.engine import fileio
 from vheat_mm.utils.errors import ToolError
 
 # Each has add_arguments(parser) and run(args), which writes args.out; its docstring's first line is the help.
-KINDS: dict[str, Any] = {
-    'cam': cam,
-    'predictions': comparison,
-    'erf': erf,
-    'spread': spread,
-    'diffusivity': diffusivity,
-    'embeddings': embeddings,
-}
+KINDS: dict[str, Any] = dict(
+    cam=cam, predictions=comparison, erf=erf, spread=spread, diffusivity=diffusivity, embeddings=embeddings
+)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -124,20 +124,16 @@ def compare(predictor: Predictor, number: int) -> tuple[list[Compared], list[flo
 
 
 def comparison_figure(
-    pairs: Sequence[Compared],
-    of: int,
-    classes: Sequence[str],
-    palette: Sequence[tuple[int, int, int]],
-    columns: int = 2,
+    pairs: Sequence[Compared], of: int, classes: Sequence[str], palette: Sequence[tuple[int, int, int]]
 ) -> Figure:
-    """Pairs of annotation (left) and prediction (right), the worst ``of`` all; ``columns`` of them in a row."""
+    """Pairs of annotation (left) and prediction (right), the worst of ``of`` images; two of them in a row."""
     what = QUALITIES[pairs[0].prediction.task][1]
-    rows = -(-len(pairs) // columns)
+    rows = -(-len(pairs) // 2)
     shapes = [pair.prediction.size for pair in pairs]
-    height = WIDTH / 2 / columns * max(height / width for height, width in shapes) + 0.35
+    height = WIDTH / 4 * max(height / width for height, width in shapes) + 0.35
     figure = new_figure(rows * height + 0.4)
     figure.suptitle(f'Annotation (left) and prediction (right), worst {len(pairs)} of {of} images')
-    cells = figure.subfigures(rows, columns, squeeze=False, wspace=0.02).flat
+    cells = figure.subfigures(rows, 2, squeeze=False, wspace=0.02).flat
     for number, (pair, cell) in enumerate(zip(pairs, cells, strict=False), 1):
         left, right = cell.subplots(1, 2)
         left.imshow(_painted_truth(pair, classes, palette)[..., ::-1])
