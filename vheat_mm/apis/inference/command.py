@@ -51,7 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
     add('checkpoint', help="checkpoint: file, address, published name, or 'released' for that of the config")
     add('sources', nargs='+', metavar='SOURCE', help='image, folder, glob, video, http(s) address, .txt file of paths')
     add('--out', required=True, metavar='DIR', help='folder for the results; new or empty, but for --resume')
-    add('--save', nargs='+', choices=list(KINDS), metavar='KIND', help=f'results to write, of {", ".join(KINDS)}')
+    kinds = f'results to write, of {", ".join(KINDS)}; behind the SOURCEs, as it takes all words that follow'
+    add('--save', nargs='+', choices=list(KINDS), metavar='KIND', help=kinds)
     add('--recursive', action='store_true', help='also in the folders within folders')
     add('--resume', action='store_true', help='go on with the run in DIR: what is done is not predicted again')
     add('--classes', nargs='+', metavar='NAME', help='classes to keep; all by default')
