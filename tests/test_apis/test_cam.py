@@ -7,7 +7,7 @@ from config_models import load, narrow_model
 from mmengine.dataset import pseudo_collate
 from torch import nn
 
-from vheat_mm.apis.heat.cam import explain, grad_cam, to_nchw
+from vheat_mm.apis.heat.cam import enlarge, explain, grad_cam, to_nchw
 from vheat_mm.utils.errors import ToolError
 from vheat_mm.utils.torchvision import ensure_torchvision
 
@@ -54,13 +54,28 @@ def test_equals_cam_where_a_linear_layer_follows_the_average(classifier, classif
     batch = classifier.data_preprocessor(classifier_data, False)
     maps = classifier.eval().backbone(batch['inputs'])[0]
     weights = classifier.head.fc.weight[CLASSES.index(name)]
-    expected = torch.einsum('c,chw->hw', weights, maps[0]).relu()
-    expected = nn.functional.interpolate(expected[None, None], (96, 64), mode='bilinear')[0, 0]
+    expected = torch.einsum('c,chw->hw', weights, maps[0]).relu().detach().numpy()
+    # Position i is centred at pixel 32 i, see test_positions_are_centred_where_gradients_are.
+    rows = np.array([np.interp(np.arange(64) / 32, range(2), row) for row in expected])
+    expected = np.array([np.interp(np.arange(96) / 32, range(3), column) for column in rows.T]).T
     cam = explain_texture(classifier, classifier_data, target=name)
     assert cam.grid == (3, 2)
     assert cam.target.startswith(name)
-    np.testing.assert_allclose(cam.heat, (expected / expected.max()).detach(), atol=1e-5)
+    np.testing.assert_allclose(cam.heat, expected / expected.max(), atol=1e-5)
     np.testing.assert_array_equal(cam.image[..., ::-1], image().permute(1, 2, 0))
+
+
+def test_positions_are_centred_where_gradients_are(classifier):
+    """Without heat conduction, a position of the patch embedding depends on the pixels around stride * i."""
+    pixels = torch.rand(1, 64, 64, 3, requires_grad=True)
+    found = classifier.backbone.patch_embed(pixels)[0, 5, 9]
+    (found * torch.arange(len(found))).sum().backward()
+    rows, columns = pixels.grad[0].abs().sum(-1).nonzero().T
+    centre = ((rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2)
+    heat = torch.zeros(1, 1, 16, 16)
+    heat[..., 5, 9] = 1
+    (peak,) = (enlarge(heat, (64, 64), is_vheat=True)[0, 0] == 1).nonzero().tolist()
+    assert [float(place) for place in centre] == peak == [20, 36]
 
 
 def test_channels_last_block_equals_the_backbones_map(classifier, classifier_data):

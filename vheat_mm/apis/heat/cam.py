@@ -16,6 +16,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from vheat_mm.apis.heat.images import list_images, prepare_images
 from vheat_mm.apis.inference.model import load_model
 from vheat_mm.apis.inference.painting import displayable
 from vheat_mm.apis.inference.types import Sample
+from vheat_mm.models.vheat import VHeat
 from vheat_mm.utils.errors import ArgumentError, ToolError
 from vheat_mm.utils.text import first_line
 
@@ -116,7 +118,8 @@ def explain(
     size = (inputs.shape[-2], inputs.shape[-1])
     used = max(pairs, key=lambda pair: float((pair[0] * pair[1]).abs().sum()))
     maps, gradients = (to_nchw(x, size, layout) for x in used)
-    heat = F.interpolate(grad_cam(maps, gradients)[None].float(), size, mode='bilinear')[0, 0]
+    is_vheat = any(isinstance(modules[part], VHeat) for part in accumulate(name.split('.'), '{}.{}'.format))
+    heat = enlarge(grad_cam(maps, gradients)[None].float(), size, is_vheat)[0, 0]
     image = displayable(data['inputs'][0].permute(1, 2, 0).cpu().numpy())
     heat = heat[: image.shape[0], : image.shape[1]]  # the padding is on the right and at the bottom
     return Cam(
@@ -126,6 +129,21 @@ def explain(
         layer=name,
         grid=(maps.shape[2], maps.shape[3]),
     )
+
+
+def enlarge(heat: Tensor, size: tuple[int, int], is_vheat: bool) -> Tensor:
+    """A map (1, 1, h, w) at the (height, width) of the image.
+
+    Position i of vHeat's maps is centred at pixel stride * i, as its convolutions are padded; that of networks which
+    cut an image into patches at stride * i + (stride - 1) / 2.
+    """
+    grid = heat.shape[-2:]
+    for stride in (2, 4, 8, 16, 32) if is_vheat else ():
+        if all(-(-length // stride) == count for length, count in zip(size, grid, strict=True)):
+            inner = [stride * (count - 1) + 1 for count in grid]
+            heat = F.interpolate(heat, inner, mode='bilinear', align_corners=True)
+            return F.pad(heat, (0, size[1] - inner[1], 0, size[0] - inner[0]), mode='replicate')
+    return F.interpolate(heat, size, mode='bilinear')
 
 
 def to_nchw(x: Tensor, size: tuple[int, int], layout: str | None = None) -> Tensor:
