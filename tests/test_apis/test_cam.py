@@ -192,7 +192,7 @@ def test_detector_explains_a_detection_and_a_class(head):
     best = int(found.scores.argmax())
     name, score = classes[found.labels[best]], float(found.scores[best].detach())
     one = explain(model, data, 'detection', classes, target='#1', score_thr=0.0)
-    assert one.target == f'{name} {score:.2f}'
+    assert one.target == f'#1 {name} {score:.2f}'
     whole = explain(model, data, 'detection', classes, target=name, score_thr=0.0)
     alone = int((found.labels == found.labels[best]).sum()) == 1
     assert np.allclose(one.heat, whole.heat, atol=1e-4) == alone

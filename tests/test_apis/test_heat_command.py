@@ -60,6 +60,7 @@ def test_cam_draws_every_target_at_every_layer(checkpoint, photo, tmp_path, capf
     assert [path.name for path in out.parent.iterdir()] == ['cam.png']
     said = capfd.readouterr()
     assert (said.out + said.err).count('photo.jpg: brick') == 2
+    assert said.out.splitlines()[-1] == f'written: {out}'
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,8 @@ def _detector_score(model, inputs, samples, classes, target, score_thr) -> tuple
         raise ToolError(f'no {classes[index]!r} is detected, only {names}')
     if isinstance(target, str):
         chosen = torch.arange(len(scores), device=scores.device) == number - 1
-    what = classes[index] if int(chosen.sum()) == 1 else f'{int(chosen.sum())} x {classes[index]}'
+    many = '' if int(chosen.sum()) == 1 else f'{int(chosen.sum())} x '
+    what = f'{target} {classes[index]}' if isinstance(target, str) else f'{many}{classes[index]}'
     return torch.logit(scores[chosen], eps=1e-6).sum(), f'{what} {scores[chosen].mean().item():.2f}'
 
 

@@ -42,6 +42,7 @@ def draw(args: argparse.Namespace) -> None:
         import matplotlib.figure  # noqa: F401
 
         KINDS[args.kind].run(args)
+        print(f'written: {args.out}')
     except ModuleNotFoundError as error:
         library = (error.name or '').partition('.')[0]
         if library not in ('matplotlib', 'pycocotools', 'scipy'):
