@@ -44,7 +44,8 @@ def run(commands: str, folder: Path) -> str:
     )
     if done.returncode:
         raise GalleryError(f'{commands.strip()}: {(done.stderr.strip() or done.stdout).splitlines()[-1]}')
-    return '\n'.join(line for line in done.stdout.splitlines() if ' - mmengine - ' not in line)
+    said = (line for line in done.stdout.splitlines() if ' - mmengine - ' not in line)
+    return '\n'.join(line for line in said if not line.startswith('written: '))
 
 
 def compress(picture: Path) -> Path:
