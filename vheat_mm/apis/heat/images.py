@@ -7,10 +7,9 @@ from typing import Any
 
 import cv2
 import numpy as np
-from mmengine.dataset import default_collate, pseudo_collate
 
 from vheat_mm.apis.inference.model import LoadedModel
-from vheat_mm.apis.inference.preparing import Preparer
+from vheat_mm.apis.inference.preparing import Preparer, collate
 from vheat_mm.apis.inference.reading import decoding, read
 from vheat_mm.apis.inference.sources import list_items
 from vheat_mm.apis.inference.types import Item, Sample
@@ -57,10 +56,8 @@ def prepare_images(loaded: LoadedModel, samples: Iterable[Sample]) -> Iterator[d
         ToolError: One cannot be read.
     """
     prepare = Preparer(loaded.cfg, count_bands(loaded.model))
-    # As the libraries' own loaders: mmpretrain's stack images, the others' leave that to the model.
-    collate = default_collate if loaded.task == 'classification' else pseudo_collate
     for sample in samples:
         prepared = next(prepare(sample))
         if prepared.data is None:
             raise ToolError(f'{sample.item.source}: {prepared.sample.error}')
-        yield collate([prepared.data])
+        yield collate([prepared], loaded.task)

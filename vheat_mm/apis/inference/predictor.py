@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.dataset import default_collate, pseudo_collate
 from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 
 from vheat_mm.apis.config import check_cpu_amp
 from vheat_mm.apis.inference.model import check_device, load_model
-from vheat_mm.apis.inference.preparing import Prepared, Preparer
+from vheat_mm.apis.inference.preparing import Prepared, Preparer, collate
 from vheat_mm.apis.inference.read_ahead import WorkerDied, read_ahead
 from vheat_mm.apis.inference.reading import one_line
 from vheat_mm.apis.inference.rle import encode_masks
@@ -233,14 +232,12 @@ class Predictor:
         return f'out of memory at {size[1]} x {size[0]} pixels: use a smaller --batch-size{tiles}'
 
     def _network(self, batch: list[Prepared]) -> Iterator[dict[str, Any]]:
-        # As the libraries' own loaders: mmpretrain's stack images, the others' leave that to the model.
-        collate = default_collate if self.task == 'classification' else pseudo_collate
         precision: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self._low_precision:
             kind = torch.bfloat16 if self.device.type == 'cpu' else torch.float16
             precision = torch.autocast(self.device.type, dtype=kind)
         with torch.no_grad(), precision:
-            outputs = self.model.test_step(collate([prepared.data for prepared in batch]))
+            outputs = self.model.test_step(collate(batch, self.task))
         describe = getattr(self, f'_describe_{self.task}')
         return map(describe, outputs)
 
