@@ -7,9 +7,10 @@ from typing import Any
 
 import cv2
 import numpy as np
+from mmengine.dataset import pseudo_collate
 
 from vheat_mm.apis.inference.model import LoadedModel
-from vheat_mm.apis.inference.preparing import Preparer, collate
+from vheat_mm.apis.inference.preparing import Preparer
 from vheat_mm.apis.inference.reading import decoding, read
 from vheat_mm.apis.inference.sources import list_items
 from vheat_mm.apis.inference.types import Item, Sample
@@ -60,4 +61,4 @@ def prepare_images(loaded: LoadedModel, samples: Iterable[Sample]) -> Iterator[d
         prepared = next(prepare(sample))
         if prepared.data is None:
             raise ToolError(f'{sample.item.source}: {prepared.sample.error}')
-        yield collate([prepared], loaded.task)
+        yield pseudo_collate([prepared.data])

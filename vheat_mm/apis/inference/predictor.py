@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 
 from vheat_mm.apis.config import check_cpu_amp
 from vheat_mm.apis.inference.model import check_device, load_model
-from vheat_mm.apis.inference.preparing import Prepared, Preparer, collate
+from vheat_mm.apis.inference.preparing import Prepared, Preparer
 from vheat_mm.apis.inference.read_ahead import WorkerDied, read_ahead
 from vheat_mm.apis.inference.reading import one_line
 from vheat_mm.apis.inference.rle import encode_masks
@@ -237,7 +238,7 @@ class Predictor:
             kind = torch.bfloat16 if self.device.type == 'cpu' else torch.float16
             precision = torch.autocast(self.device.type, dtype=kind)
         with torch.no_grad(), precision:
-            outputs = self.model.test_step(collate(batch, self.task))
+            outputs = self.model.test_step(pseudo_collate([prepared.data for prepared in batch]))
         describe = getattr(self, f'_describe_{self.task}')
         return map(describe, outputs)
 

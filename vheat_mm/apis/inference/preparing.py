@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from mmengine.config import Config
-from mmengine.dataset import Compose, default_collate, pseudo_collate
+from mmengine.dataset import Compose
 from mmengine.registry import DefaultScope
 
 from vheat_mm.apis.inference.reading import decoding, one_line, read
@@ -150,12 +150,6 @@ class Preparer:
             image = image[..., ::-1] if self._is_rgb else image
             return np.array(image.clip(0, 255) if image.dtype != np.uint8 else image, np.uint8, order='C')
         return image.copy()
-
-
-def collate(images: Sequence[Prepared], task: str) -> dict[str, Any]:
-    """A batch as the libraries' own loaders make it: mmpretrain's stack images, the others' leave that to the model."""
-    together = default_collate if task == 'classification' else pseudo_collate
-    return together([prepared.data for prepared in images])
 
 
 def test_pipeline(cfg: Config) -> list[dict[str, Any]]:
